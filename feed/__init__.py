@@ -1,0 +1,1 @@
+"""The wire: message schema, publisher, commands, and the consumer's side. May import `comparer`."""

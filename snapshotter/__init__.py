@@ -1,0 +1,1 @@
+"""Disks: formatting and adopting, the system file, snapshots, scans, retention. May import `comparer`."""

@@ -1,0 +1,1 @@
+"""The asyncio daemon: event sources, volume, triggers, partitions, configuration, command line."""
