@@ -1,0 +1,1 @@
+"""Snapshot backends: one contract (`base`), one test suite over all of them."""

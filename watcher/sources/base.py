@@ -1,41 +1,13 @@
-"""The contract of an event source, and the dirty set that it fills.
+"""The contract of an event source.
 
 Events are hints: a source promises to say *where to look*, never what happened. When it cannot promise even that (queue
 overflow, a watch it could not place), it says so with `Dirty.lost`, and the partition is reconciled.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from comparer.model import Ident, Name
-
-
-@dataclass(slots=True)
-class Dirty:
-    """What events have touched since it was last taken.
-
-    `objects`: inodes whose attributes or content may have changed; `names`: directory entries that may have come, gone
-    or changed their object; `written`: the subset of `objects` whose content may have changed; `lost`: why the set may
-    be incomplete (a reason for people), None if it is complete. `events` counts events, for the log only.
-    """
-
-    objects: set[Ident] = field(default_factory=set)
-    written: set[Ident] = field(default_factory=set)
-    names: set[Name] = field(default_factory=set)
-    lost: str | None = None
-    events: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.objects or self.names or self.lost)
-
-    def merge(self, other: "Dirty") -> None:
-        """Add what `other` holds; used when a snapshot failed and its dirty set has to be looked at again."""
-        self.objects |= other.objects
-        self.written |= other.written
-        self.names |= other.names
-        self.lost = self.lost or other.lost
-        self.events += other.events
+from comparer.dirty import Dirty
 
 
 class SourceError(Exception):
@@ -45,7 +17,8 @@ class SourceError(Exception):
 class EventSource(Protocol):
     """Watches one partition.
 
-    Life: made, `start`ed in a running event loop, `take`n from many times (in that loop's thread), `close`d (any number of times).
+    Life: made, `start`ed in a running event loop, `take`n from many times (in that loop's thread), `close`d (any number
+    of times).
     """
 
     @property
