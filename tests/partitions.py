@@ -1,0 +1,117 @@
+"""Real partitions in loop images, for tests: made, mounted, and always taken down again.
+
+A test asks for one with the fixtures of conftest.py. What the machine lacks is a skip that names it; with
+SNAPFEED_REQUIRE_KERNEL=1 that skip is a failure.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MKFS = {
+    "xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f"],
+    "ext4": ["mkfs.ext4", "-q", "-F"],
+}
+DEADLINE = 30.0
+
+
+def require(condition: bool, lacking: str) -> None:
+    """Skip the test, or fail it where the machine is said to have everything, naming what is lacking."""
+    if condition:
+        return
+    if os.environ.get("SNAPFEED_REQUIRE_KERNEL") == "1":
+        pytest.fail(f"SNAPFEED_REQUIRE_KERNEL=1, but this machine lacks: {lacking}", pytrace=False)
+    pytest.skip(f"this machine lacks: {lacking}")
+
+
+def run(*command: str | bytes | Path, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end; its output is in the error if it fails."""
+    done = subprocess.run(command, capture_output=True, check=False, timeout=120, **options)
+    if check and done.returncode:
+        raise AssertionError(f"{command} exited {done.returncode}: {done.stdout!r} {done.stderr!r}")
+    return done
+
+
+def wait_until(condition, what: str, deadline: float = DEADLINE):
+    """Wait for `condition()` to be true, and return its value; fail after `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"not within {deadline:g} s: {what}"
+        time.sleep(0.01)
+
+
+@dataclass
+class Partition:
+    """One file system in a loop image, mounted at `path`."""
+
+    fs: str
+    image: Path
+    device: str
+    path: Path
+
+    def mount(self, *options: str) -> None:
+        run("mount", "-t", self.fs, *(["-o", ",".join(options)] if options else []), self.device, self.path)
+
+    def umount(self) -> None:
+        """Unmount as a user would; somebody's short visit (EBUSY) is waited for."""
+        wait_until(lambda: run("umount", self.path, check=False).returncode == 0, f"umount {self.path}", 10)
+
+
+def mounted_below(directory: Path) -> list[str]:
+    prefix = str(directory)
+    with open("/proc/self/mounts") as mounts:
+        points = [line.split()[1] for line in mounts]
+    return [p for p in points if p == prefix or p.startswith(prefix + "/")]
+
+
+@contextlib.contextmanager
+def loop_device(image: Path, size: str) -> Iterator[str]:
+    require(os.geteuid() == 0, "root")
+    require(shutil.which("losetup") is not None and os.path.exists("/dev/loop-control"), "loop devices")
+    run("truncate", "-s", size, image)
+    device = run("losetup", "--find", "--show", image).stdout.decode().strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "-d", device, check=False)
+
+
+@contextlib.contextmanager
+def partition(fs: str, directory: Path, size: str = "512M", mkfs: tuple[str, ...] = ()) -> Iterator[Partition]:
+    """A fresh file system of kind `fs` ("xfs", "btrfs", "ext4"), mounted below `directory`."""
+    require(shutil.which(MKFS[fs][0]) is not None, MKFS[fs][0])
+    image, point = directory / f"{fs}.img", directory / fs
+    point.mkdir()
+    with loop_device(image, size) as device:
+        run(*MKFS[fs], *mkfs, device)
+        made = Partition(fs, image, device, point)
+        try:
+            made.mount()
+            yield made
+        finally:
+            for mount in reversed(mounted_below(directory)):
+                if run("umount", mount, check=False).returncode:
+                    run("umount", "-l", mount, check=False)
+
+
+@contextlib.contextmanager
+def tmpfs(directory: Path) -> Iterator[Path]:
+    require(os.geteuid() == 0, "root")
+    point = directory / "tmpfs"
+    point.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=256M", "tmpfs", point)
+    try:
+        yield point
+    finally:
+        run("umount", "-l", point, check=False)
