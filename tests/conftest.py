@@ -1,13 +1,7 @@
 """Fixtures: real partitions. `part` runs a test on every file system; `xfs`, `btrfs`, `ext4` on one."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from partitions import partition  # noqa: E402
+from partitions import partition
 
 
 @pytest.fixture(params=["xfs", "btrfs", "ext4"])

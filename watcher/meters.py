@@ -1,6 +1,19 @@
-"""Volume meters: how many bytes were written to a partition. Events say when to look, the meter says how much."""
+"""Volume meters: how many bytes were written to a partition. Events say when to look, the meter says how much.
 
+| kind       | buffered    | direct   | mmap        | counts                                              |
+|------------|-------------|----------|-------------|-----------------------------------------------------|
+| `xfs`      | exact       | exact    | not counted | at once                                             |
+| `blockdev` | counted     | counted  | counted     | at writeback, journal and metadata included         |
+| `ext4`     | counted     | counted  | counted     | at writeback, journal and metadata included         |
+| `growth`   | new space   | new space| new space   | at once; overwriting in place is not seen           |
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterable
 from typing import Protocol
+
+SECTOR = 512  # the unit of /sys/dev/block/*/stat, whatever the device's sectors are
 
 
 class Meter(Protocol):
@@ -16,3 +29,215 @@ class Meter(Protocol):
     @property
     def immediate(self) -> bool:
         """True if a write counts at once (XFS statistics), False if at writeback (block devices)."""
+
+
+class XfsMeter:
+    """/sys/fs/xfs/DEV/stats/stats, line `xpc`, 2nd value: xs_write_bytes. `device`: the kernel's name, as `sda1`, `dm-3`."""
+
+    kind = "xfs"
+    immediate = True
+
+    def __init__(self, device: str) -> None:
+        self._path = f"/sys/fs/xfs/{device}/stats/stats"
+        self._sum = _Rising()
+        self.read()
+
+    def read(self) -> int:
+        for line in _text(self._path).splitlines():
+            if line.startswith("xpc "):
+                return self._sum.at("", _number(line, 2))
+        raise OSError(errno.ENODATA, "no line xpc", self._path)
+
+
+class Ext4Meter:
+    """/sys/fs/ext4/DEV/session_write_kbytes: what the device wrote since the mount. `device`: the kernel's name."""
+
+    kind = "ext4"
+    immediate = False
+
+    def __init__(self, device: str) -> None:
+        self._path = f"/sys/fs/ext4/{device}/session_write_kbytes"
+        self._sum = _Rising()
+        self.read()
+
+    def read(self) -> int:
+        return self._sum.at("", _number(_text(self._path), 0) * 1024)
+
+
+class BlockMeter:
+    """The 7th value (sectors written) of the `stat` of one block device, or of all the devices in a directory of sysfs.
+
+    The directory form is for btrfs (/sys/fs/btrfs/FSID/devices): devices may come and go while it is mounted.
+    """
+
+    kind = "blockdev"
+    immediate = False
+
+    def __init__(self, path: str, *, all_below: bool = False) -> None:
+        self._path = path
+        self._all_below = all_below
+        self._sum = _Rising()
+        self.read()
+
+    def read(self) -> int:
+        total = self._sum.total
+        for device in os.listdir(self._path) if self._all_below else ["."]:
+            try:
+                text = _text(f"{self._path}/{device}/stat")
+            except OSError:
+                if not self._all_below:
+                    raise
+                continue  # a device removed or missing: the others go on
+            total = self._sum.at(device, _number(text, 6) * SECTOR)
+        return total
+
+
+class GrowthMeter:
+    """What statvfs(3) says is used: each growth between two readings is added up, what is freed is not taken off."""
+
+    kind = "growth"
+    immediate = True
+
+    def __init__(self, root: bytes) -> None:
+        self._root = root
+        self._sum = _Rising()
+        self._dev = os.stat(root).st_dev
+        self.read()
+
+    def read(self) -> int:
+        if os.stat(self._root).st_dev != self._dev:
+            raise OSError(errno.ENODEV, "another file system is mounted there", self._root)
+        found = os.statvfs(self._root)
+        return self._sum.at("", (found.f_blocks - found.f_bfree) * found.f_frsize, falls=True)
+
+
+class _Rising:
+    """Adds up the increases of counters. What a counter shows first adds nothing; one that was set back starts at 0."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._last: dict[str, int] = {}
+
+    def at(self, counter: str, value: int, *, falls: bool = False) -> int:
+        """`counter` shows `value` now; `falls`: going down is no reset but ordinary. The total."""
+        last = self._last.get(counter, value)
+        self._last[counter] = value
+        self.total += value - last if value >= last else (0 if falls else value)
+        return self.total
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+def _number(line: str, index: int) -> int:
+    try:
+        return int(line.split()[index])
+    except (IndexError, ValueError):
+        raise OSError(errno.ENODATA, f"no number in place {index} of {line[:80]!r}") from None
+
+
+def meters_for(fs_type: str, source_device: str, root: bytes) -> list[Meter]:
+    """The meters that work for a mounted file system: at least `growth`. Raises OSError if `root` cannot be looked at.
+
+    `source_device`: the device of the mount table; used where the root's device number does not tell (btrfs).
+    """
+    number = os.stat(root).st_dev
+    if not os.path.isdir(_by_number(number)):
+        try:
+            number = os.stat(source_device).st_rdev
+        except OSError:
+            number = 0
+    block = _by_number(number)
+    device = os.path.basename(os.path.realpath(block))
+    attempts: list[Callable[[], Meter]] = []
+    if fs_type == "xfs":
+        attempts = [lambda: XfsMeter(device), lambda: BlockMeter(block)]
+    elif fs_type == "btrfs":
+        attempts = [lambda: BlockMeter(_btrfs_devices(device), all_below=True)]
+    elif fs_type == "ext4":
+        attempts = [lambda: Ext4Meter(device)]
+    found = _working(attempts) or _working([lambda: BlockMeter(block)])
+    return found or [GrowthMeter(root)]
+
+
+def _by_number(number: int) -> str:
+    return f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+
+
+def _btrfs_devices(device: str) -> str:
+    """The sysfs directory of all devices of the btrfs that `device` is one of. Raises OSError: ENOENT."""
+    base = "/sys/fs/btrfs"
+    for fsid in os.listdir(base):
+        devices = f"{base}/{fsid}/devices"
+        if os.path.exists(f"{devices}/{device}"):
+            return devices
+    raise OSError(errno.ENOENT, "no btrfs on this device", device)
+
+
+def _working(attempts: Iterable[Callable[[], Meter]]) -> list[Meter]:
+    found = []
+    for attempt in attempts:
+        try:
+            found.append(attempt())
+        except OSError:
+            continue
+    return found
+
+
+class Volume:
+    """The bytes written to a partition since its last snapshot: the larger of what its meters say, never the sum.
+
+    `begin` before a snapshot, then `settle` (it succeeded) or `abandon` (it did not). A meter whose source is gone is
+    dropped and said so in `notes`; what it had counted until then stays. With none left `kinds` is empty.
+    """
+
+    def __init__(self, meters: Iterable[Meter]) -> None:
+        self.notes: list[str] = []
+        self._meters = list(meters)
+        self._base = self._readings()
+        self._begun: dict[Meter, int] | None = None
+        self._floor = 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the meters that still work."""
+        return tuple(meter.kind for meter in self._meters)
+
+    def advance(self) -> int:
+        """Bytes written since the last `settle` (or since this was made); it does not go down in between."""
+        counted = (now - self._base[meter] for meter, now in self._readings().items())
+        self._floor = max(self._floor, *counted, 0)
+        return self._floor
+
+    def begin(self) -> None:
+        """A snapshot begins: what is written from now on belongs to the next one."""
+        self._begun = self._readings()
+
+    def settle(self, own: int) -> None:
+        """The snapshot begun is done, with `own` bytes written for it by ourselves.
+
+        An immediate meter counted them since `begin`; one that counts at writeback starts anew, because the snapshot's
+        own sync has flushed what belonged to it. Raises ValueError without a `begin`.
+        """
+        if self._begun is None:
+            raise ValueError("settle without begin")
+        for meter, now in self._readings().items():
+            self._base[meter] = min(now, self._begun.get(meter, now) + own) if meter.immediate else now
+        self._begun = None
+        self._floor = 0
+
+    def abandon(self) -> None:
+        """The snapshot begun came to nothing: what was counted before goes on counting."""
+        self._begun = None
+
+    def _readings(self) -> dict[Meter, int]:
+        found = {}
+        for meter in self._meters:
+            try:
+                found[meter] = meter.read()
+            except OSError as error:
+                self.notes.append(f"meter {meter.kind} dropped: {error}")
+        self._meters = list(found)
+        return found

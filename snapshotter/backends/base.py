@@ -72,8 +72,15 @@ class Backend(Protocol):
     def commit(self, capture: Capture) -> None:
         """Record the capture's metadata; runs inside the transaction that makes the snapshot."""
 
+    def note(self, again: Dirty) -> None:
+        """Remember what the next snapshot has to look at; runs inside a transaction. For a capture that changed nothing."""
+
     def discard(self, root_fd: int, capture: Capture) -> None:
         """Undo a capture that will not be committed (nothing changed, or an error)."""
 
     def expire(self, root_fd: int, seqs: Iterable[int]) -> None:
-        """Remove snapshots that retention no longer keeps; called after the commit that forgot them."""
+        """Remove snapshots that retention no longer keeps, inside the transaction that forgets them.
+
+        What cannot be undone is only the removal itself: a crash before the commit leaves rows without snapshots, which the next
+        call removes.
+        """

@@ -12,6 +12,7 @@ AT_NO_AUTOMOUNT = 0x800
 AT_EMPTY_PATH = 0x1000
 STATX_BASIC_STATS = 0x7FF
 STATX_BTIME = 0x800
+STATX_ATTR_MOUNT_ROOT = 0x2000
 STATX_SIZE = 256
 
 # stx_mask blksize attributes | nlink uid gid mode pad | ino size blocks attributes_mask |
@@ -36,6 +37,7 @@ class Stat(NamedTuple):
     btime_ns: int | None
     rdev: int
     dev: int
+    mount_root: bool  # something is mounted here: what statx describes lies on another mount
 
 
 def statx(dirfd: int, name: bytes = b"") -> Stat:
@@ -46,7 +48,7 @@ def statx(dirfd: int, name: bytes = b"") -> Stat:
     buffer = ctypes.create_string_buffer(STATX_SIZE)
     flags = _FLAGS if name else _FLAGS | AT_EMPTY_PATH
     check(libc.statx(dirfd, name, flags, STATX_BASIC_STATS | STATX_BTIME, buffer), name)
-    (mask, _, _, nlink, uid, gid, mode, ino, size, blocks, _, _, _, bs, bn, cs, cn, ms, mn, rmaj, rmin, dmaj, dmin) = (
+    (mask, _, attributes, nlink, uid, gid, mode, ino, size, blocks, _, _, _, bs, bn, cs, cn, ms, mn, rmaj, rmin, dmaj, dmin) = (
         _STATX.unpack_from(buffer)
     )
     return Stat(
@@ -62,4 +64,5 @@ def statx(dirfd: int, name: bytes = b"") -> Stat:
         bs * _G + bn if mask & STATX_BTIME else None,
         os.makedev(rmaj, rmin),
         os.makedev(dmaj, dmin),
+        bool(attributes & STATX_ATTR_MOUNT_ROOT),
     )

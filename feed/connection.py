@@ -1,0 +1,325 @@
+"""One connection to a broker: aiomqtt with what it hides (CONNACK properties, PUBACK reasons) and a window of our own.
+
+A connection is made, used and thrown away; there is no reconnecting client and nothing of value in paho's queue. That is
+because paho 2.2 forgets its in-flight window after a reconnect and takes a refusal (reason >= 0x80) for an acknowledgement.
+
+Facts about aiomqtt 2.5.1 and paho 2.2 that this file relies on, and the only place that does:
+- aiomqtt registers its own bound methods `_on_connect`, `_on_disconnect`, `_on_publish` with paho, so a subclass that overrides
+  them sees what paho sees;
+- before the CONNACK aiomqtt ignores a lost connection and waits for its whole time-out: `_on_disconnect` below ends that wait;
+- after a failed or cancelled connect neither closes the socket: `_cut` does.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiomqtt
+import paho.mqtt.client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from comparer.errors import OperatorError
+from feed.broker import BrokerConfig, address, tls_context
+
+WINDOW = 20
+REFUSED = 0x80
+CONNECT_SECONDS = 10.0
+ACKNOWLEDGE_SECONDS = 60.0
+_HUNG_UP = -1
+# Unsupported version in MQTT 3.1.1 (table 3.1) and 5.0 (table 3-1); protocol error and malformed packet; or no answer at all.
+_NOT_FIVE = frozenset({0x01, 0x84, 0x82, 0x81, _HUNG_UP})
+PACKET_TOO_LARGE = 0x95
+SESSION_TAKEN_OVER = 0x8E
+
+
+class LinkError(Exception):
+    """The connection could not be had or is gone. `reason` is MQTT's code where there is one; the text says what to do."""
+
+    def __init__(self, text: str, reason: int | None = None) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Connection(aiomqtt.Client):
+    """A connection with a window: at most 20 publishes, and at most the broker's Receive Maximum, are unacknowledged at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.v5 = kwargs["protocol"] is aiomqtt.ProtocolVersion.V5
+        self.receive_maximum = 65_535
+        self.max_packet: int | None = None
+        self.lost: asyncio.Future[LinkError] = self._loop.create_future()
+        self._slots = asyncio.Semaphore(WINDOW)
+        self._acks: dict[int, asyncio.Future[int]] = {}
+        self._progress = 0.0
+        self._watchdog: asyncio.TimerHandle | None = None
+        self.pending_calls_threshold = WINDOW  # aiomqtt warns above 10 pending calls; the window is bounded here
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        """Remember what the CONNACK says (MQTT 5.0, 3.2.2.3), which aiomqtt drops."""
+        self.receive_maximum = getattr(properties, "ReceiveMaximum", self.receive_maximum)
+        self.max_packet = getattr(properties, "MaximumPacketSize", None)
+        self._slots = asyncio.Semaphore(max(1, min(WINDOW, self.receive_maximum)))
+        super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: Any,
+        flags: paho.DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        """Tell those who wait; before the CONNACK too, where aiomqtt stays silent."""
+        if not self._connected.done():
+            self._connected.set_exception(
+                aiomqtt.MqttCodeError(None, "the broker closed the connection before it answered")
+            )
+        super()._on_disconnect(client, userdata, flags, reason_code, properties)
+        self._lose(_farewell(reason_code))
+
+    def _on_publish(
+        self, client: paho.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
+    ) -> None:
+        """Hand the PUBACK's reason (MQTT 5.0, 3.4.2.1) to the publisher; with MQTT 3.1.1 it is 0."""
+        self._progress = self._loop.time()
+        waiting = self._acks.pop(mid, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(int(reason_code.value))
+        super()._on_publish(client, userdata, mid, reason_code, properties)
+
+    def _look(self) -> None:
+        """Give up a broker that answers pings but acknowledges nothing: only a new connection makes it take the pages again."""
+        self._watchdog = None
+        if not self._acks or self.lost.done():
+            return
+        left = self._progress + ACKNOWLEDGE_SECONDS - self._loop.time()
+        if left > 0:
+            self._watchdog = self._loop.call_later(left, self._look)
+        else:
+            self.cut(f"the broker has acknowledged nothing for {ACKNOWLEDGE_SECONDS:g} s")
+
+    def watch(self) -> None:
+        """From now on, whatever ends the connection shows in `lost`: also an error of the socket, which paho does not report."""
+
+        def ended(done: asyncio.Future[None]) -> None:
+            error = None if done.cancelled() else done.exception()
+            self._lose(LinkError(f"the connection to the broker is gone ({error or 'closed'})"))
+
+        self._disconnected.add_done_callback(ended)
+
+    def _lose(self, error: LinkError) -> None:
+        if not self.lost.done():
+            self.lost.set_result(error)
+        waiting, self._acks = self._acks, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(LinkError(str(error), error.reason))
+
+    async def post(
+        self, topic: str, payload: bytes, *, retain: bool = False, properties: Properties | None = None
+    ) -> "asyncio.Future[int]":
+        """Wait for a place in the window and send with QoS 1. The future gives the PUBACK's reason, or raises LinkError.
+
+        Posts of one task leave in the order of their calls.
+        """
+        slots = self._slots
+        await slots.acquire()
+        if self.lost.done():
+            slots.release()
+            raise self.lost.result()
+        future: asyncio.Future[int] = self._loop.create_future()
+
+        def settled(done: asyncio.Future[int]) -> None:
+            slots.release()
+            _ = done.cancelled() or done.exception()  # read, or asyncio complains where nobody waits any more
+
+        future.add_done_callback(settled)
+        # paho itself and not aiomqtt's publish(), which would wait for the PUBACK and drop its reason.
+        info = self._client.publish(topic, payload, 1, retain, properties)
+        if info.rc == paho.MQTT_ERR_SUCCESS:
+            if not self._acks:
+                self._progress = self._loop.time()
+            self._acks[info.mid] = future
+            if self._watchdog is None:
+                self._watchdog = self._loop.call_later(ACKNOWLEDGE_SECONDS, self._look)
+        else:
+            future.set_exception(LinkError(paho.error_string(info.rc)))
+        return future
+
+    async def publish_acknowledged(
+        self, topic: str, payload: bytes, *, retain: bool = False, properties: Properties | None = None
+    ) -> int:
+        """Send with QoS 1 and wait for the PUBACK: its reason."""
+        return await (await self.post(topic, payload, retain=retain, properties=properties))
+
+    async def subscribe_live(self, topic_filter: str) -> None:
+        """Subscribe with QoS 1 to what comes from now on: no retained messages. Raises LinkError if the broker refuses."""
+        try:
+            if self.v5:
+                options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=2)
+                reasons = await self.subscribe(topic_filter, options=options)
+            else:
+                reasons = await self.subscribe(topic_filter, qos=1)
+        except aiomqtt.MqttError as error:
+            raise LinkError(f"subscribing to {topic_filter}: {error}") from None
+        reason = reasons[0]
+        code = reason if isinstance(reason, int) else reason.value
+        if code >= REFUSED:
+            raise LinkError(
+                f"the broker refuses the subscription of {topic_filter} ({reason}); grant it in its ACL", code
+            )
+
+    async def receive(self) -> aiomqtt.Message:
+        """The next message. Raises LinkError when the connection is gone."""
+        try:
+            return await anext(self.messages)
+        except aiomqtt.MqttError as error:
+            raise (self.lost.result() if self.lost.done() else LinkError(str(error))) from None
+
+    def cut(self, why: str = "the connection was given up") -> None:
+        """Drop the connection as a crash would: no DISCONNECT, so the broker publishes the last will."""
+        # paho has no public way to close its socket without a DISCONNECT.
+        self._client._sock_close()  # noqa: SLF001
+        self._lose(LinkError(why))
+        if not self._disconnected.done():
+            self._disconnected.set_result(None)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+
+
+async def _close(connection: Connection) -> None:
+    try:
+        with contextlib.suppress(aiomqtt.MqttError):
+            await connection.__aexit__(None, None, None)
+    finally:
+        connection.cut()
+
+
+def _farewell(reason: ReasonCode) -> LinkError:
+    code = int(reason.value)
+    if code == SESSION_TAKEN_OVER:
+        text = "another client uses our client identifier; is a second daemon running with the same [broker] host?"
+    elif code == PACKET_TOO_LARGE:
+        text = "the broker found a packet too large; lower [broker] max_packet"
+    else:
+        text = f"the connection to the broker is gone ({reason})"
+    return LinkError(text, code)
+
+
+class Dialer:
+    """Connects to one broker, and remembers which protocol version it speaks. Raises OperatorError for unusable TLS files."""
+
+    def __init__(self, config: BrokerConfig, identifier: str) -> None:
+        self.config = config
+        self.identifier = identifier
+        self._address = address(config.url)
+        self._version = config.protocol
+        tls_context(config)  # an unusable file is an error now, not in a loop later
+
+    @contextlib.asynccontextmanager
+    async def open_client(self, will: aiomqtt.Will | None = None) -> AsyncIterator[Connection]:
+        """A connection for the body, MQTT 5 if the broker speaks it. Left by an exception it is cut, otherwise closed well.
+
+        Raises LinkError when it cannot be had.
+        """
+        connection = await self._dial(will)
+        try:
+            yield connection
+        except BaseException:
+            connection.cut()
+            raise
+        await _close(connection)
+
+    async def _dial(self, will: aiomqtt.Will | None) -> Connection:
+        version = self._version or await self._probe()
+        try:
+            connection = await self._attempt(version, will, self.config.username)
+        except LinkError:
+            self._version = self.config.protocol  # perhaps another broker answers there by now
+            raise
+        self._version = version
+        return connection
+
+    async def _probe(self) -> int:
+        """Whether the broker speaks MQTT 5: a connection without last will and login, thrown away again.
+
+        amqtt reads the properties of an MQTT 5 CONNECT as the client identifier and what follows as text lengths: with a will
+        or a user name in it, it waits for bytes that never come. Without them it answers 0x01, unacceptable protocol version, as
+        NATS does. A broker that refuses the missing login understood the question.
+        """
+        try:
+            connection = await self._attempt(5, None, None)
+        except LinkError as error:
+            if error.reason is None:
+                raise  # nobody there
+            return 4 if error.reason in _NOT_FIVE else 5
+        await _close(connection)
+        return 5
+
+    async def _attempt(self, version: int, will: aiomqtt.Will | None, username: str | None) -> Connection:
+        config = self.config
+        try:
+            context = tls_context(config)  # read each time: certificates are renewed under a running daemon
+        except OperatorError as error:
+            raise LinkError(str(error)) from None
+        connection = Connection(
+            self._address.host,
+            self._address.port,
+            username=username,
+            password=None if username is None else config.password,
+            identifier=self.identifier,
+            protocol=aiomqtt.ProtocolVersion.V5 if version == 5 else aiomqtt.ProtocolVersion.V311,
+            clean_session=None if version == 5 else True,
+            clean_start=True if version == 5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
+            will=will,
+            keepalive=config.keepalive,
+            timeout=CONNECT_SECONDS,
+            tls_context=context,
+            max_inflight_messages=65_535,  # the window is ours
+            max_queued_incoming_messages=10_000,
+        )
+        try:
+            await connection.__aenter__()
+        except aiomqtt.MqttError as error:
+            connection.cut()
+            raise self._explained(error) from None
+        except BaseException:
+            connection.cut()
+            raise
+        connection.watch()
+        return connection
+
+    def _explained(self, error: aiomqtt.MqttError) -> LinkError:
+        where = f"broker {self.config.url}"
+        if "CERTIFICATE" in str(error):
+            return LinkError(f"{where}: {error}; check [broker] ca_file and the host name in url")
+        if not isinstance(error, aiomqtt.MqttCodeError):
+            return LinkError(f"{where} is not reachable: {error}; is it running, is [broker] url right?")
+        if error.rc is None:
+            return LinkError(f"{where}: {error}; is this an MQTT port, and does it want TLS (mqtts://)?", _HUNG_UP)
+        code = error.rc.value if isinstance(error.rc, ReasonCode) else int(error.rc)
+        if code in {0x86, 0x87, 4, 5}:
+            text = f"{where} refuses the login ({error.rc}); check [broker] username and password_file, and the broker's users"
+            return LinkError(text, code)
+        return LinkError(f"{where} refuses the connection ({error.rc})", code)
+
+
+def response_properties(correlation: bytes | None) -> Properties | None:
+    """The properties of an answer with MQTT 5: the correlation data of the request (MQTT 5.0, 3.3.2.3.6)."""
+    if correlation is None:
+        return None
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.CorrelationData = correlation
+    return properties

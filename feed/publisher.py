@@ -1,0 +1,253 @@
+"""The publisher: one per broker, for ever. Diffs from outboxes, retained states, status with a last will, commands."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import aiomqtt
+import orjson
+
+from feed.backoff import Backoff
+from feed.broker import BrokerConfig, check, topics
+from feed.connection import PACKET_TOO_LARGE, REFUSED, Connection, Dialer, LinkError
+from feed.lane import Lane, LaneStats
+from feed.outbox import Outbox
+from feed.pages import SMALLEST_PACKET
+from feed.requests import Handler, Requests, RequestStats
+
+_LOG = logging.getLogger("snapfeed.feed")
+_STABLE_SECONDS = 10.0  # a connection that lasted this long was a good one: the next back-off begins small
+
+
+@dataclass(slots=True)
+class PublisherStats:
+    """Counts since the start, and what is the matter now. `packet` is the largest packet in bytes on this connection."""
+
+    connections: int = 0
+    failures: int = 0
+    protocol: int | None = None
+    packet: int | None = None
+    state_refusals: int = 0
+    lanes: dict[str, LaneStats] = field(default_factory=dict)
+    requests: RequestStats = field(default_factory=RequestStats)
+
+
+class Publisher:
+    """Keeps a broker told. All methods are for the event loop's thread; `run` is to be a task for as long as the daemon lives.
+
+    `version` and the time of the start go into the status topic. `handler` gets the commands. `on_status` is called without
+    arguments whenever `connected`, `last_error` or a lane's error changes. Raises OperatorError for a config that cannot work.
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        *,
+        version: str,
+        handler: Handler | None = None,
+        on_status: Callable[[], None] | None = None,
+        now: Callable[[], float] = time.time,
+        backoff: Callable[[], Backoff] = Backoff,
+    ) -> None:
+        self.config = check(config)
+        self.topics = topics(config.base, config.host)
+        self.stats = PublisherStats()
+        self.last_error: str | None = None
+        self._version = version
+        self._now = now
+        self._backoff = backoff
+        self._on_status = on_status or (lambda: None)
+        self._requests = Requests(self.topics, handler, self.stats.requests) if handler is not None else None
+        self._dialer = Dialer(config, config.identifier or f"snapfeed-{config.host}")
+        self._packet = config.max_packet
+        self._outboxes: dict[str, Outbox] = {}
+        self._lanes: dict[str, tuple[Lane, asyncio.Task[None]]] = {}
+        self._states: dict[str, bytes] = {}
+        self._unsent: dict[str, None] = {}  # an ordered set of partitions
+        self._wake = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._patience = 2.0
+        self._logged: str | None = None
+        self._connection: Connection | None = None
+        self._group: asyncio.TaskGroup | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def add(self, outbox: Outbox) -> None:
+        """Publish what an outbox holds, from now on. Raises OperatorError if its partition's name cannot stand in a topic."""
+        self.topics.changes(outbox.partition)
+        self._cancel_lane(outbox.partition)
+        self._outboxes[outbox.partition] = outbox
+        self.stats.lanes.setdefault(outbox.partition, LaneStats())
+        self._open_lane(outbox)
+
+    def remove(self, outbox: Outbox) -> None:
+        """Publish no more from an outbox. An acknowledgement that is being written now may still be written."""
+        if self._outboxes.get(outbox.partition) is outbox:
+            del self._outboxes[outbox.partition]
+            self._cancel_lane(outbox.partition)
+
+    def set_state(self, partition: str, payload: bytes) -> None:
+        """Set the retained state of a partition; empty clears it. Only the latest is sent, and again on every connection."""
+        self.topics.state(partition)
+        self._states[partition] = payload
+        self._unsent[partition] = None
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Connect, publish, reconnect, until `stop`. Cancelled, it cuts the connection: the broker publishes the last will."""
+        backoff = self._backoff()
+        try:
+            while not self._stop.is_set():
+                started = asyncio.get_running_loop().time()
+                try:
+                    await self._until_stopped(asyncio.create_task(self._session()))
+                except LinkError as error:
+                    self.stats.failures += 1
+                    if error.reason == PACKET_TOO_LARGE:
+                        self._packet = max(SMALLEST_PACKET, self._packet // 2)
+                    if asyncio.get_running_loop().time() - started >= _STABLE_SECONDS:
+                        backoff.reset()
+                        self._logged = None
+                    self._report(str(error))
+                    await self._pause(backoff.delay())
+        finally:
+            self._stopped.set()
+
+    async def _until_stopped(self, session: "asyncio.Task[None]") -> None:
+        """Let a session run, but not much longer than asked to stop; one that is still connecting ends at once."""
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({session, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if self.connected:
+                await asyncio.wait({session}, timeout=self._patience + 2.0)
+        finally:
+            stop.cancel()
+            if not session.done():
+                session.cancel()
+                await asyncio.wait({session})
+        if not session.cancelled():
+            session.result()
+
+    async def stop(self, patience: float = 2.0) -> None:
+        """Stop well: wait up to `patience` seconds for what is in flight, publish `offline`, disconnect; `run` returns."""
+        self._patience = patience
+        self._stop.set()
+        await self._stopped.wait()
+
+    async def _session(self) -> None:
+        since = self._timestamp()
+        will = aiomqtt.Will(self.topics.status, self._status("offline", since), qos=1, retain=True)
+        async with self._dialer.open_client(will) as connection:
+            self.stats.connections += 1
+            self.stats.protocol = 5 if connection.v5 else 4
+            self.stats.packet = min(self._packet, connection.max_packet or self._packet)
+            await connection.publish_acknowledged(self.topics.status, self._status("online", since), retain=True)
+            try:
+                await self._work(connection)
+            finally:
+                self._group, self._connection = None, None
+                self._lanes.clear()
+                if not self._stop.is_set():
+                    self._on_status()
+            await self._say_goodbye(connection)
+
+    async def _work(self, connection: Connection) -> None:
+        """Everything that goes on at once on a connection; ends by LinkError, or by `stop` after what is in flight arrived."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._connection, self._group = connection, group
+                background = [
+                    group.create_task(self._publish_states(connection)),
+                    group.create_task(_until_lost(connection)),
+                ]
+                if self._requests is not None:
+                    background.append(group.create_task(self._requests.serve(connection)))
+                for outbox in self._outboxes.values():
+                    self._open_lane(outbox)
+                self._report(None)
+                await self._stop.wait()
+                for lane, _ in self._lanes.values():
+                    lane.stop()
+                if self._lanes:
+                    await asyncio.wait({task for _, task in self._lanes.values()}, timeout=self._patience)
+                for task in [*background, *(task for _, task in self._lanes.values())]:
+                    task.cancel()
+        except* LinkError as errors:
+            raise _first(errors) from None
+
+    async def _say_goodbye(self, connection: Connection) -> None:
+        payload = self._status("offline", self._timestamp())
+        await asyncio.wait_for(
+            connection.publish_acknowledged(self.topics.status, payload, retain=True), self._patience + 1.0
+        )
+
+    def _open_lane(self, outbox: Outbox) -> None:
+        if self._group is None or self._connection is None or self._stop.is_set():
+            return
+        stats = self.stats.lanes[outbox.partition]
+        lane = Lane(outbox, self.topics.changes(outbox.partition), stats, self._on_status, self._backoff())
+        task = self._group.create_task(lane.run(self._connection, self.stats.packet or self._packet))
+        self._lanes[outbox.partition] = (lane, task)
+
+    def _cancel_lane(self, partition: str) -> None:
+        lane = self._lanes.pop(partition, None)
+        if lane is not None:
+            lane[1].cancel()
+
+    async def _publish_states(self, connection: Connection) -> None:
+        """States, latest only; a refused one waits for its next change or the next connection."""
+        self._unsent = dict.fromkeys(self._states)
+        while True:
+            while self._unsent:
+                partition = next(iter(self._unsent))
+                del self._unsent[partition]
+                payload = self._states[partition]
+                reason = await connection.publish_acknowledged(self.topics.state(partition), payload, retain=True)
+                if reason >= REFUSED:
+                    self.stats.state_refusals += 1
+                    _LOG.warning(
+                        "the broker refuses the state of partition %s (reason %#04x); check its ACL", partition, reason
+                    )
+                elif not payload and self._states.get(partition) == b"":
+                    del self._states[partition]
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _status(self, state: str, since: str) -> bytes:
+        return orjson.dumps({"state": state, "version": self._version, "since": since})
+
+    def _timestamp(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now()))
+
+    def _report(self, error: str | None) -> None:
+        """Log a reason once, until it changes."""
+        if error is None:
+            _LOG.info("connected to broker %s (MQTT %s)", self.config.url, "5" if self.stats.protocol == 5 else "3.1.1")
+        elif error != self._logged:
+            self._logged = error
+            _LOG.warning("%s; trying again until it works, diffs are kept", error)
+        self.last_error = error
+        self._on_status()
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+
+
+async def _until_lost(connection: Connection) -> None:
+    raise await asyncio.shield(connection.lost)
+
+
+def _first(errors: BaseExceptionGroup[LinkError]) -> LinkError:
+    """One of several reports of the same loss: the one that carries a reason, if any does."""
+    leaves: list[LinkError] = []
+    for error in errors.exceptions:
+        leaves += [_first(error)] if isinstance(error, BaseExceptionGroup) else [error]
+    return next((error for error in leaves if error.reason is not None), leaves[0])

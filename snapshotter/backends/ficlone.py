@@ -1,0 +1,277 @@
+"""Snapshots by reflink: one immutable clone for each file whose content changed (XFS and others with FICLONE).
+
+`.snapfeed/clones/<seq>/<inode>.<generation>`: the content of a file as of snapshot `seq`, and of every later one until it changes.
+One directory for each snapshot, so that what an unfinished one left behind is found by its number. The table says, for each file,
+which clone holds its content; `spent_clone` when a clone that was replaced may go.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Collection, Iterable
+
+from comparer.dirty import Dirty
+from comparer.extents import changed_ranges
+from comparer.model import UNKNOWN_RANGES, Attr, ByteRanges, FileType, Ident, Quality
+
+from ..linux.fiemap import extent_count, extents, ficlone
+from ..linux.inode_flags import set_immutable
+from ..live import LiveTree
+from ..look import Outcome
+from ..scan import Progress
+from ..table import Overlay, Table
+from .base import SYSTEM_DIR, Capture
+from .metadata import MetadataBackend, content_may_differ, no_progress
+
+CLONES = b"clones"
+MAX_EXTENTS = 50_000  # cloning costs with extents, and the file's writers wait meanwhile
+_TRIES = 3
+_SKIP = (errno.ETXTBSY, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENXIO, errno.EAGAIN)  # swap files, DAX, immutable oddities
+
+
+class FicloneBackend(MetadataBackend):
+    kind = "ficlone"
+    consistency = "per-file"
+
+    def __init__(
+        self, tree: LiveTree, table: Table, progress: Progress = no_progress, max_extents: int = MAX_EXTENTS
+    ) -> None:
+        super().__init__(tree, table, progress)
+        self.max_extents = max_extents
+        self.skipped: list[Ident] = []
+        self._made: dict[Ident, int | None] = {}  # this capture's clones; None: no content is kept
+        self._clones_fd: int | None = None
+
+    # ---- taking clones
+
+    def _take_content(self, seq: int, outcome: Outcome, dirty: Dirty) -> None:
+        wanted = []
+        for ident, after in outcome.view.attrs.items():
+            if after is None or after.type is not FileType.FILE:
+                continue
+            before = self.table.attr(ident)
+            if before is None or self.table.clone(ident) is None or content_may_differ(ident, before, after, dirty):
+                wanted.append(ident)
+        outcome.view.attrs.update(self._take(seq, [(i, outcome.view.attrs[i]) for i in wanted], outcome.again))
+
+    def _take_everything(self, seq: int, outcome: Outcome) -> None:
+        rows = self.table.db.execute("SELECT ino, gen FROM inode WHERE mode & ? = ?", (0o170000, stat.S_IFREG)).fetchall()
+        idents = [Ident(*row) for row in rows]
+        for ident, attr in self._take(seq, ((i, self.table.attr(i)) for i in idents), outcome.again).items():
+            self.table.put(ident, attr, None)
+        for ident, clone in self._made.items():
+            if clone is not None:
+                self.table.set_clone(ident, clone)
+
+    def _take(self, seq: int, wanted: Iterable[tuple[Ident, Attr | None]], again: Dirty) -> dict[Ident, Attr]:
+        """Clone files; returns the attributes of those that changed since they were looked at."""
+        moved: dict[Ident, Attr] = {}
+        directory = None
+        try:
+            for number, (ident, attr) in enumerate(wanted, 1):
+                assert attr is not None  # noqa: S101 - only what lives is wanted
+                if directory is None:
+                    directory = self._directory(seq, make=True)
+                    assert directory is not None  # noqa: S101 - just made
+                taken, still = self._clone(directory, ident, attr)
+                if taken is not attr:
+                    moved[ident] = taken
+                self._made[ident] = seq if still is not None else None
+                if still is False:
+                    again.objects.add(ident)
+                if number % 256 == 0:
+                    self.progress(number)
+        finally:
+            if directory is not None:
+                os.close(directory)
+        return moved
+
+    def _clone(self, directory: int, ident: Ident, attr: Attr) -> tuple[Attr, bool | None]:
+        """Clone one file. Returns its attributes at that moment, and whether they stood still (None: no clone was made).
+
+        Content and attributes are of one moment: if the file changes while it is cloned, again.
+        """
+        label = b"%d.%d" % ident
+        for _ in range(_TRIES):
+            source = self.tree.open_file(ident) if attr.nlink else None
+            if source is None:
+                return attr, None  # gone since it was looked at: the next snapshot says so
+            try:
+                if not self._fits(source, ident):
+                    return attr, None
+                self._make(directory, label, source)
+            except OSError as error:
+                if error.errno in _SKIP:
+                    self.skipped.append(ident)
+                    return attr, None
+                raise
+            finally:
+                os.close(source)
+            after = self.tree.look_at(ident)
+            if after is None:
+                return attr, False
+            if (after.ctime_ns, after.size) == (attr.ctime_ns, attr.size):
+                return attr, True
+            attr = after
+        return attr, False
+
+    def _fits(self, source: int, ident: Ident) -> bool:
+        if not stat.S_ISREG(os.fstat(source).st_mode):
+            return False
+        if extent_count(source) > self.max_extents:
+            self.skipped.append(ident)
+            return False
+        return True
+
+    def _make(self, directory: int, label: bytes, source: int) -> None:
+        self._remove(directory, label)
+        clone = os.open(label, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400, dir_fd=directory)
+        try:
+            ficlone(source, clone)
+            with contextlib.suppress(OSError):  # no such attribute here: the mode and the directory's protect it
+                set_immutable(clone, on=True)
+        except OSError:
+            self._remove(directory, label)
+            raise
+        finally:
+            os.close(clone)
+
+    def _remove(self, directory: int, label: bytes) -> None:
+        try:
+            os.unlink(label, dir_fd=directory)
+        except FileNotFoundError:
+            return
+        except PermissionError:
+            fd = os.open(label, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                set_immutable(fd, on=False)
+            finally:
+                os.close(fd)
+            os.unlink(label, dir_fd=directory)
+
+    def _directory(self, seq: int, *, make: bool = False) -> int | None:
+        """`.snapfeed/clones/<seq>`; None if it does not exist."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(SYSTEM_DIR, flags, dir_fd=self.tree.root_fd)
+        for name in (CLONES, b"%d" % seq):
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=fd)
+            try:
+                below = os.open(name, flags, dir_fd=fd)
+            except FileNotFoundError:
+                return None
+            finally:
+                os.close(fd)
+            fd = below
+        return fd
+
+    # ---- what the snapshot says of content
+
+    def _clone_of(self, ident: Ident) -> int | None:
+        if ident in self._made:
+            return self._made[ident]
+        return self.table.clone(ident)
+
+    def _content_of(self, view: Overlay | Table) -> Callable[[Ident, bytes], bytes | None]:
+        def content(ident: Ident, _path: bytes) -> bytes | None:
+            seq = self._clone_of(ident)
+            return None if seq is None else b"%b/%b/%d/%d.%d" % (SYSTEM_DIR, CLONES, seq, *ident)
+
+        del view
+        return content
+
+    def _ranges(self, ident: Ident, view: Overlay, dirty: Dirty) -> ByteRanges | None:
+        before, after = self.table.attr(ident), view.attr(ident)
+        if before is None or after is None or after.type is not FileType.FILE:
+            return None
+        if ident not in self._made:
+            return None
+        old, new = self.table.clone(ident), self._made[ident]
+        if old is None or new is None:
+            return UNKNOWN_RANGES if content_may_differ(ident, before, after, dirty) else None
+        found = self._compare_clones(ident, old, before.size, new, after.size)
+        if found and before.mtime_ns == after.mtime_ns and found.quality is Quality.EXACT:
+            # nobody wrote: the blocks were moved (defragmentation, deduplication)
+            return ByteRanges(found.written, found.cleared, Quality.SUPERSET)
+        return found
+
+    def _compare_clones(self, ident: Ident, old: int, old_size: int, new: int, new_size: int) -> ByteRanges:
+        fds = []
+        try:
+            for seq in (old, new):
+                directory = self._directory(seq)
+                if directory is None:
+                    return UNKNOWN_RANGES
+                try:
+                    fds.append(os.open(b"%d.%d" % ident, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
+                finally:
+                    os.close(directory)
+            return changed_ranges(extents(fds[0]), old_size, extents(fds[1]), new_size)
+        except FileNotFoundError:
+            return UNKNOWN_RANGES
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    # ---- the end of clones
+
+    def commit(self, capture: Capture) -> None:
+        if isinstance(capture.new, Overlay):
+            for ident, attr in capture.new.attrs.items():
+                old = self.table.clone(ident)
+                if old is not None and (attr is None or self._made.get(ident, old) != old):
+                    self.table.db.execute("INSERT OR IGNORE INTO spent_clone VALUES (?, ?, ?, ?)", (capture.seq, old, *ident))
+        super().commit(capture)
+
+    def discard(self, root_fd: int, capture: Capture) -> None:  # noqa: ARG002
+        self._remove_all(capture.seq)
+
+    def sweep(self, root_fd: int, kept: Collection[int]) -> int:  # noqa: ARG002
+        """`kept` are the snapshots of the journal; a clone may be older, so it is the numbers above the head that are litter."""
+        head = max(kept, default=0)
+        return sum(self._remove_all(seq) for seq in self._present() if seq > head)
+
+    def _present(self) -> list[int]:
+        try:
+            fd = os.open(SYSTEM_DIR + b"/" + CLONES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.tree.root_fd)
+        except FileNotFoundError:
+            return []
+        try:
+            return [int(name) for name in os.listdir(fd) if name.isdecimal()]
+        finally:
+            os.close(fd)
+
+    def _remove_all(self, seq: int) -> int:
+        directory = self._directory(seq)
+        if directory is None:
+            return 0
+        try:
+            names = os.listdir(directory)
+            for name in names:
+                self._remove(directory, os.fsencode(name))
+        finally:
+            os.close(directory)
+        os.rmdir(b"%b/%b/%d" % (SYSTEM_DIR, CLONES, seq), dir_fd=self.tree.root_fd)
+        return len(names)
+
+    def expire(self, root_fd: int, seqs: Iterable[int]) -> None:  # noqa: ARG002
+        """Remove the clones that no kept snapshot uses: replaced at `until`, and `until` is not after the oldest kept one."""
+        oldest = max(seqs, default=0) + 1
+        rows = self.table.db.execute("SELECT seq, ino, gen FROM spent_clone WHERE until <= ?", (oldest,)).fetchall()
+        for seq in sorted({row[0] for row in rows}):
+            directory = self._directory(seq)
+            if directory is None:
+                continue
+            try:
+                for row_seq, ino, gen in rows:
+                    if row_seq == seq:
+                        self._remove(directory, b"%d.%d" % (ino, gen))
+            finally:
+                os.close(directory)
+            with contextlib.suppress(OSError):  # others are still in use
+                os.rmdir(b"%b/%b/%d" % (SYSTEM_DIR, CLONES, seq), dir_fd=self.tree.root_fd)
+        self.table.db.execute("DELETE FROM spent_clone WHERE until <= ?", (oldest,))
+
+

@@ -1,0 +1,217 @@
+"""The partition as it is now: objects looked up by (directory, name) or by handle, never by a path that could be swapped.
+
+Two ways in: with CAP_DAC_READ_SEARCH a directory is opened by its handle; without, component by component from the root, no
+symbolic link followed, and its identity checked at the end. Nothing outside the partition is ever opened.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+from cachetools import LRUCache
+
+from comparer.model import Attr, FileType, Ident, file_type
+
+from .backends.base import SYSTEM_DIR
+from .linux.handles import Codec, open_by_handle_at
+from .linux.statx import Stat
+
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+_ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = _ANYTHING | os.O_DIRECTORY
+_TRIES = 5
+
+
+class Identify(Protocol):
+    def __call__(self, dirfd: int, name: bytes = b"") -> tuple[Ident, Stat]:
+        """Identity and metadata of one object, of the same moment; raises OSError."""
+
+
+class Found(NamedTuple):
+    ident: Ident
+    attr: Attr
+
+
+class _Descriptors(LRUCache[Ident, int]):
+    """Open directories; the one that falls out is closed."""
+
+    def popitem(self) -> tuple[Ident, int]:
+        ident, fd = super().popitem()
+        os.close(fd)
+        return ident, fd
+
+    def drop(self, ident: Ident) -> None:
+        fd = self.pop(ident, None)
+        if fd is not None:
+            os.close(fd)
+
+
+class LiveTree:
+    """One partition for the length of one piece of work. `root_fd` is the caller's; everything opened here is closed by `close`.
+
+    Methods raise OSError for what is not plain absence: EACCES, EIO, ELOOP. Absence is None.
+    """
+
+    def __init__(self, root_fd: int, identify: Identify, codec: Codec | None) -> None:
+        self.root_fd = root_fd
+        self.identify = identify
+        self.codec = codec
+        self.root, self._root_stat = identify(root_fd)
+        self.dev = self._root_stat.dev
+        self._directories = _Descriptors(256)
+
+    def close(self) -> None:
+        while self._directories:
+            self._directories.popitem()
+
+    def directory(self, ident: Ident, path: Callable[[Ident], list[bytes] | None]) -> int | None:
+        """A descriptor (O_PATH) of a directory, None if it is gone; ours, valid until the next call.
+
+        `path` gives the components to try where handles cannot be opened.
+        """
+        if ident == self.root:
+            return self.root_fd
+        fd = self._directories.get(ident)
+        if fd is None:
+            fd = self._by_handle(ident, _DIRECTORY) if self.codec else self._by_path(ident, path(ident))
+            if fd is None:
+                return None
+            self._directories[ident] = fd
+        return fd
+
+    def _by_handle(self, ident: Ident, flags: int) -> int | None:
+        assert self.codec is not None  # noqa: S101 - asked only where there are handles
+        try:
+            return open_by_handle_at(self.root_fd, self.codec.encode(ident), flags)
+        except OSError as error:
+            if error.errno in _GONE:
+                return None
+            raise
+
+    def _by_path(self, ident: Ident, components: list[bytes] | None) -> int | None:
+        if components is None:
+            return None
+        fd = os.dup(self.root_fd)
+        try:
+            for component in components:
+                below = os.open(component, _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            if self.identify(fd)[0] == ident:
+                return fd
+        except OSError as error:
+            os.close(fd)
+            if error.errno in _GONE or error.errno == errno.ELOOP:
+                return None
+            raise
+        os.close(fd)
+        return None
+
+    def forget(self, ident: Ident) -> None:
+        """Do not trust an open descriptor of this directory any longer (it may have been moved or removed)."""
+        self._directories.drop(ident)
+
+    def look(self, dirfd: int, name: bytes) -> Found | None:
+        """What a name in a directory is now; None if nothing, or nothing of this partition (a mount, the system directory)."""
+        try:
+            fd = os.open(name, _ANYTHING, dir_fd=dirfd)
+        except OSError as error:
+            if error.errno in _GONE:
+                return None
+            raise
+        try:
+            ident, now = self.identify(fd)
+            if now.dev != self.dev or now.mount_root:
+                return None
+            return Found(ident, self._settled(fd, now))
+        finally:
+            os.close(fd)
+
+    def look_at(self, ident: Ident) -> Attr | None:
+        """An object by its handle, None if it is gone or has no name left. Only where there are handles."""
+        fd = self._by_handle(ident, _ANYTHING)
+        if fd is None:
+            return None
+        try:
+            now = self.identify(fd)[1]
+            return self._settled(fd, now) if now.nlink else None
+        finally:
+            os.close(fd)
+
+    def look_at_root(self) -> Attr:
+        return self._settled(self.root_fd, self.identify(self.root_fd)[1])
+
+    def _settled(self, fd: int, now: Stat) -> Attr:
+        """All attributes of one moment: read again if the object changed meanwhile."""
+        for _ in range(_TRIES):
+            attr = attributes(fd, now)
+            after = self.identify(fd)[1]
+            if (after.ctime_ns, after.size, after.nlink) == (now.ctime_ns, now.size, now.nlink):
+                break
+            now = after
+        return attr
+
+    def open_file(self, ident: Ident) -> int | None:
+        """A regular file opened for reading its layout (never its data), by handle; None if it is gone."""
+        return self._by_handle(ident, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME)
+
+    def list(self, dirfd: int) -> Iterator[tuple[bytes, int]]:
+        """(name, inode number) of every entry of a directory, the system directory left out; raises OSError if unreadable."""
+        fd = _open_to_list(dirfd)
+        try:
+            at_root = os.fstat(fd).st_ino == self.root.ino
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    name = os.fsencode(entry.name)
+                    if not (at_root and name == SYSTEM_DIR):
+                        yield name, entry.inode()
+        finally:
+            os.close(fd)
+
+
+def _open_to_list(dirfd: int) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(b".", flags | os.O_NOATIME, dir_fd=dirfd)
+    except PermissionError:  # O_NOATIME is for the owner and for root
+        return os.open(b".", flags, dir_fd=dirfd)
+
+
+def attributes(fd: int, now: Stat) -> Attr:
+    """The attributes statx gave, with xattrs and a symlink's target read through `fd` (O_PATH does); raises OSError."""
+    kind = file_type(now.mode)
+    return Attr(
+        kind,
+        now.size,
+        now.blocks,
+        stat.S_IMODE(now.mode),
+        now.uid,
+        now.gid,
+        now.nlink,
+        now.mtime_ns,
+        now.ctime_ns,
+        now.btime_ns,
+        now.rdev if kind in (FileType.CHAR, FileType.BLOCK) else None,
+        read_xattrs(b"/proc/self/fd/%d" % fd),
+        os.readlink(b"", dir_fd=fd) if kind is FileType.SYMLINK else None,
+    )
+
+
+def read_xattrs(path: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """Sorted (name, value) pairs; none where the file system has no xattrs. One removed meanwhile is left out."""
+    try:
+        names = os.listxattr(path)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return ()
+        raise
+    pairs = []
+    for name in names:
+        try:
+            pairs.append((os.fsencode(name), os.getxattr(path, name)))
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    return tuple(sorted(pairs))

@@ -1,0 +1,173 @@
+"""From a dirty set to what is now: every touched object and entry is looked up, whatever the events said of it.
+
+The outcome is an overlay of the metadata table that is a proper tree again, also while others go on writing: what was
+seen half way through a change keeps its old place (which existed), and is to be looked at again by the next snapshot.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from comparer.dirty import Dirty
+from comparer.model import Attr, FileType, Ident, Name
+
+from .live import LiveTree
+from .settle import settle
+from .table import Overlay, Table
+
+_ROUNDS = 4  # looks at what moved while we looked; then the rest is left for the next snapshot
+
+
+@dataclass(slots=True)
+class Outcome:
+    """`again`: idents and names whose place or attributes were in motion."""
+
+    view: Overlay
+    touched: set[Ident]
+    again: Dirty
+
+
+class Look:
+    def __init__(self, tree: LiveTree, old: Table) -> None:
+        self.tree = tree
+        self.old = old
+        self.attrs: dict[Ident, Attr | None] = {}
+        self.entries: dict[Name, Ident | None] = {}
+        self.again = Dirty()
+        self._names: set[Name] = set()  # to be looked at
+        self._objects: set[Ident] = set()
+        self._places: dict[Ident, Name] = {}  # where a directory was last seen
+        self._missing: dict[Ident, set[Name]] = {}  # by directory: names found to be nothing
+
+    def run(self, dirty: Dirty, more: Callable[[], Dirty]) -> Outcome:
+        """Look at all of `dirty`, then at what has moved since, until it is quiet or it has been enough.
+
+        Raises OSError for what cannot be read, TransientError if no tree can be made of what was seen.
+        """
+        self._queue(dirty)
+        for _ in range(_ROUNDS):
+            self._drain()
+            new = more()
+            if new.lost:
+                self.again.lost = new.lost
+            if not new.objects and not new.names:
+                break
+            self._queue(new)
+        else:
+            self.again.merge(Dirty(objects=set(self._objects), names=set(self._names)))
+            self._drain()
+        return Outcome(*settle(self), self.again)
+
+    # ---- looking
+
+    def _queue(self, dirty: Dirty) -> None:
+        """Events say these may have changed since they were looked at; so look, also if it is not for the first time."""
+        for ident in dirty.objects:
+            self.attrs.pop(ident, None)
+        for name in dirty.names:
+            self.entries.pop(name, None)
+            self._missing.get(name.parent, set()).discard(name)
+        self._objects |= dirty.objects
+        self._names |= dirty.names
+
+    def _drain(self) -> None:
+        while self._objects or self._names:
+            while self._objects:
+                self._look_at(self._objects.pop())
+            # parents first, as far as one knows where they are: without handles a path must be found
+            names, self._names = sorted(self._names, key=self._depth), set()
+            for name in names:
+                if name not in self.entries:
+                    self._look(name)
+
+    def _depth(self, name: Name) -> int:
+        if self.tree.codec is not None:
+            return 0
+        path = self._path(name.parent)
+        return len(path) if path is not None else 1 << 30
+
+    def _look_at(self, ident: Ident) -> None:
+        if ident in self.attrs:
+            return
+        if ident == self.tree.root:
+            self.attrs[ident] = self.tree.look_at_root()
+        elif self.tree.codec is None:
+            # only its names lead to an object: they settle what it is
+            self._names.update(self.old.names(ident))
+        else:
+            self.attrs[ident] = attr = self.tree.look_at(ident)
+            if attr is None:
+                self._gone(ident)
+
+    def _gone(self, ident: Ident) -> None:
+        """Where an object had names, look what is there now; and at everything a directory held."""
+        self.tree.forget(ident)
+        before = self.old.attr(ident)
+        if before is None:
+            return
+        self._names.update(n for n in self.old.names(ident) if n not in self.entries)
+        if before.type is FileType.DIR:
+            self._names.update(Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries)
+
+    def _look(self, name: Name) -> None:
+        before = self.old.child(*name)
+        found = None
+        dirfd = None if self._known_gone(name.parent) else self.tree.directory(name.parent, self._path)
+        if dirfd is not None:
+            found = self.tree.look(dirfd, name.name)
+        now = found.ident if found else None
+        self.entries[name] = now
+        if found is None:
+            self._missing.setdefault(name.parent, set()).add(name)
+        else:
+            self.attrs[found.ident] = found.attr
+            if found.attr.type is FileType.DIR:
+                self._places[found.ident] = name
+                if self.old.attr(found.ident) is None:
+                    self._list(found.ident)
+                # what was missing in it may only have been out of reach
+                for entry in self._missing.pop(found.ident, ()):
+                    del self.entries[entry]
+                    self._names.add(entry)
+        if before is not None and before != now:
+            if self.tree.codec is not None:
+                if before not in self.attrs:
+                    self._objects.add(before)
+            else:
+                self._elsewhere(before)
+
+    def _known_gone(self, directory: Ident) -> bool:
+        return directory in self.attrs and self.attrs[directory] is None
+
+    def _elsewhere(self, ident: Ident) -> None:
+        """Without handles: an object left a name; unless another of its names is known, it is gone until one turns up."""
+        self.tree.forget(ident)
+        if ident in self.attrs:
+            return
+        self._names.update(n for n in self.old.names(ident) if n not in self.entries)
+        if (before := self.old.attr(ident)) is not None and before.type is FileType.DIR and ident not in self._places:
+            self._names.update(Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries)
+
+    def _list(self, directory: Ident) -> None:
+        """A directory that was not there before: all it holds is new to us."""
+        dirfd = self.tree.directory(directory, self._path)
+        if dirfd is None:
+            return
+        for name, _ino in self.tree.list(dirfd):
+            entry = Name(directory, name)
+            if entry not in self.entries:
+                self._names.add(entry)
+
+    def _path(self, directory: Ident) -> list[bytes] | None:
+        """Where a directory should be now, as names from the root down, as far as is known; None if it is nowhere."""
+        climbed: list[bytes] = []
+        seen = set()
+        while directory != self.tree.root:
+            name = self._places.get(directory)
+            if name is None or self.entries.get(name, directory) != directory:
+                name = next((n for n in self.old.names(directory) if self.entries.get(n, directory) == directory), None)
+            if name is None or directory in seen:
+                return None
+            seen.add(directory)
+            climbed.append(name.name)
+            directory = name.parent
+        return climbed[::-1]

@@ -1,0 +1,147 @@
+"""From what was seen, at slightly different times, to a tree: every object has a name, every directory one, all hang on the root.
+
+Where nobody wrote meanwhile there is nothing to mend. Else an object that was seen in motion keeps its old place, which existed, or
+is left out until it is seen somewhere; both are to be looked at again.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from comparer.dirty import Dirty
+from comparer.errors import TransientError
+from comparer.model import Attr, FileType, Ident, Name
+
+from .table import Overlay, Table
+
+if TYPE_CHECKING:
+    from .look import Look
+
+
+def settle(look: "Look") -> tuple[Overlay, set[Ident]]:
+    """The new state and the objects in which it can differ from the old one; adds to `look.again`."""
+    work = _Settling(look.old, look.attrs, look.entries, look.again)
+    work.drop_vanished()
+    work.one_place_each(look._places)  # noqa: SLF001 - the other half of the same step
+    work.house_homeless(by_handle=look.tree.codec is not None)
+    work.detach_unreachable()
+    return Overlay(look.old, look.attrs, look.entries), work.touched()
+
+
+class _Settling:
+    def __init__(
+        self, old: Table, attrs: dict[Ident, Attr | None], entries: dict[Name, Ident | None], again: Dirty
+    ) -> None:
+        self.old = old
+        self.attrs = attrs
+        self.entries = entries
+        self.again = again
+        self.added: dict[Ident, set[Name]] = defaultdict(set)
+        self.inside: dict[Ident, set[Name]] = defaultdict(set)
+        for name, ident in entries.items():
+            self.inside[name.parent].add(name)
+            if ident is not None:
+                self.added[ident].add(name)
+
+    def point(self, name: Name, ident: Ident | None) -> None:
+        before = self.entries.get(name)
+        if before is not None:
+            self.added[before].discard(name)
+        self.entries[name] = ident
+        self.inside[name.parent].add(name)
+        if ident is not None:
+            self.added[ident].add(name)
+
+    def attr(self, ident: Ident) -> Attr | None:
+        return self.attrs[ident] if ident in self.attrs else self.old.attr(ident)
+
+    def names(self, ident: Ident) -> Iterator[Name]:
+        yield from self.added.get(ident, ())
+        for name in self.old.names(ident):
+            if name not in self.entries:
+                yield name
+
+    def alive(self, directory: Ident) -> bool:
+        return directory == self.old.root or self.attr(directory) is not None
+
+    # ---- the steps
+
+    def drop_vanished(self) -> None:
+        """An object that went after its name was seen."""
+        for name, ident in list(self.entries.items()):
+            if ident is not None and self.attr(ident) is None:
+                self.point(name, None)
+                self.again.names.add(name)
+
+    def one_place_each(self, places: dict[Ident, Name]) -> None:
+        """A directory seen under two names moved between the looks: the later one is where it is."""
+        for ident, place in places.items():
+            names = list(self.names(ident))
+            if len(names) > 1:
+                kept = place if place in names else names[0]
+                for name in names:
+                    if name != kept:
+                        self.point(name, None)
+                        self.again.names.add(name)
+
+    def house_homeless(self, *, by_handle: bool) -> None:
+        """An object without a name: gone, where names are all one can look at; else it moved while we looked."""
+        suspects = {ident for ident, attr in self.attrs.items() if attr is not None}
+        suspects.update(i for n in self.entries if (i := self.old.child(*n)) is not None and i not in self.attrs)
+        for ident in suspects:
+            if ident == self.old.root or next(self.names(ident), None) is not None:
+                continue
+            known = list(self.old.names(ident))
+            kept = next((n for n in known if self.entries.get(n) is None and self.alive(n.parent)), None)
+            if by_handle and ident in self.attrs and kept is not None:
+                self.point(kept, ident)
+                self.again.names.add(kept)
+                self.again.objects.add(ident)
+            else:
+                self.bury(ident)
+                if by_handle and known:
+                    self.again.objects.add(ident)
+
+    def bury(self, ident: Ident) -> None:
+        """An object leaves the state, and what a directory held with it, unless that has another name."""
+        burials = [ident]
+        for gone in burials:
+            attr = self.attr(gone)
+            self.attrs[gone] = None
+            if attr is None or attr.type is not FileType.DIR:
+                continue
+            held = {Name(gone, name): i for name, i in self.old.children(gone)}
+            held.update((n, self.entries[n]) for n in self.inside.get(gone, ()))
+            for name, child in held.items():
+                if child is None:
+                    continue
+                self.point(name, None)
+                if child not in burials and next(self.names(child), None) is None:
+                    burials.append(child)
+
+    def detach_unreachable(self) -> None:
+        """What hangs in a directory that is not in the state goes. Raises TransientError for a circle, which no tree has."""
+        attached: set[Ident] = {self.old.root}
+        for name, ident in list(self.entries.items()):
+            if self.entries[name] is None or ident is None:
+                continue
+            chain: list[Ident] = []
+            directory: Ident | None = name.parent
+            while directory is not None and directory not in attached:
+                if directory in chain:
+                    raise TransientError("directories moved in a circle while they were looked at")
+                chain.append(directory)
+                place = next(self.names(directory), None) if self.attr(directory) is not None else None
+                directory = place.parent if place is not None else None
+            if directory is not None:
+                attached.update(chain)
+                continue
+            self.point(name, None)
+            if next(self.names(ident), None) is None:
+                self.bury(ident)
+
+    def touched(self) -> set[Ident]:
+        found = set(self.attrs)
+        for name, ident in self.entries.items():
+            found.update(i for i in (self.old.child(*name), ident) if i is not None)
+        return found

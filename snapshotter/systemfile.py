@@ -1,0 +1,297 @@
+"""The snapshot system file: one SQLite database per partition, in `.snapfeed/system.db`.
+
+One connection, held only while something is done (an open file keeps a mount busy), by one process (exclusive lock). Write-ahead
+log with synchronous=FULL: a commit is one fsync, and survives a power cut. What the file holds is in schema/*.sql.
+"""
+
+import contextlib
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote
+
+from comparer.errors import DamageError, OperatorError, TransientError
+
+SYSTEM_FILE = b"system.db"
+VERSION = 1
+_DEFLATE_FROM = 1024  # bytes; smaller bodies gain nothing
+
+
+class Settings(NamedTuple):
+    """What is given when a partition is formatted or adopted. `kind` is `partition` or `directory`."""
+
+    epoch: str
+    uuid: str
+    kind: str
+    io_threshold: int  # bytes
+    time_threshold: float  # seconds
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """One snapshot as recorded; `path` from the partition's root if it has a tree of its own."""
+
+    seq: int
+    time_ns: int
+    trigger: str
+    volume: int
+    changes: int
+    consistency: str
+    path: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class DiffRow:
+    """One diff in the journal, without its pages. `parent` None: a baseline. `page_limit`: bytes its pages were made for."""
+
+    seq: int
+    parent: int | None
+    time_ns: int
+    trigger: str
+    volume: int
+    consistency: str
+    path: bytes | None
+    changes: int
+    pages: int
+    page_limit: int
+
+
+@contextlib.contextmanager
+def translated(path: bytes) -> Iterator[None]:
+    """SQLite's errors as ours: damage, a passing trouble of the disk, or a lock somebody else holds."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        name = os.fsdecode(path)
+        code = getattr(error, "sqlite_errorcode", None)
+        primary = code & 0xFF if code is not None else None
+        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA):
+            raise DamageError(f"{name!r}: damaged system file: {error}") from error
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise OperatorError(
+                f"{name!r} is in use by another process: one snapfeed daemon per partition; stop the other"
+            ) from error
+        if primary in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY):
+            raise TransientError(f"{name!r}: {error}") from error
+        if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
+            raise DamageError(f"{name!r}: damaged system file: {error}") from error
+        raise
+
+
+class SystemFile:
+    """An open system file. Not shared between threads. Everything may raise DamageError or TransientError."""
+
+    def __init__(self, connection: sqlite3.Connection, path: bytes) -> None:
+        self.db = connection
+        self.path = path
+
+    @classmethod
+    def create(cls, path: bytes, settings: Settings) -> Self:
+        """Make a new system file; raises OperatorError if there is one."""
+        if os.path.lexists(path):
+            raise OperatorError(f"{os.fsdecode(path)!r} exists already: the partition is adopted")
+        with translated(path):
+            made = cls(_connect(path, "rwc"), path)
+            made.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            made._prepare()
+            made._migrate(0)
+            with made.transaction():
+                values = {**settings._asdict(), "next_seq": 1, "acknowledged_seq": 0, "acknowledged_page": 0}
+                made.db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
+        os.chmod(path, 0o600)
+        return made
+
+    @classmethod
+    def open(cls, path: bytes, *, check: bool = False) -> Self:
+        """Open one that exists. `check` reads it all and raises DamageError unless it is sound.
+
+        Raises OperatorError if it was written by a newer snapfeed, TransientError if it cannot be opened.
+        """
+        with translated(path):
+            opened = cls(_connect(path, "rw"), path)
+            try:
+                opened._prepare()
+                version = opened.db.execute("PRAGMA user_version").fetchone()[0]
+                if version > VERSION:
+                    raise OperatorError(
+                        f"{os.fsdecode(path)!r} has schema version {version}, this snapfeed knows up to {VERSION}: update snapfeed"
+                    )
+                if version < 1:
+                    raise DamageError(f"{os.fsdecode(path)!r}: not a snapfeed system file")
+                opened._migrate(version)
+                if check:
+                    opened._check()
+                opened.settings()
+            except BaseException:
+                opened.close()
+                raise
+        return opened
+
+    def close(self) -> None:
+        self.db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self) -> None:
+        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL", "cache_size = -8000"):
+            self.db.execute(f"PRAGMA {pragma}")
+
+    def _migrate(self, version: int) -> None:
+        for number in range(version + 1, VERSION + 1):
+            script = (resources.files("snapshotter.schema") / f"{number:03}.sql").read_text()
+            self.db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT")
+
+    def _check(self) -> None:
+        found = [row[0] for row in self.db.execute("PRAGMA integrity_check(3)")]
+        if found != ["ok"]:
+            raise DamageError(f"{os.fsdecode(self.path)!r}: damaged system file: {'; '.join(map(str, found))}")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, durable when it ends."""
+        with translated(self.path):
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.execute("ROLLBACK")
+                raise
+
+    # ---- settings
+
+    def _meta(self, key: str) -> Any:
+        row = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise DamageError(f"{os.fsdecode(self.path)!r}: damaged system file: no {key}")
+        return row[0]
+
+    def _set_meta(self, key: str, value: Any) -> None:
+        self.db.execute("UPDATE meta SET value = ? WHERE key = ?", (value, key))
+
+    def settings(self) -> Settings:
+        with translated(self.path):
+            return Settings(*(self._meta(name) for name in Settings._fields))
+
+    def set_thresholds(self, io_threshold: int, time_threshold: float) -> None:
+        with self.transaction():
+            self._set_meta("io_threshold", io_threshold)
+            self._set_meta("time_threshold", time_threshold)
+
+    # ---- snapshots
+
+    def next_seq(self) -> int:
+        return int(self._meta("next_seq"))
+
+    def head(self) -> int | None:
+        """The newest snapshot's number."""
+        with translated(self.path):
+            return self.db.execute("SELECT max(seq) FROM snapshot").fetchone()[0]  # type: ignore[no-any-return]
+
+    def snapshots(self) -> list[SnapshotRow]:
+        """Those that are kept, oldest first."""
+        with translated(self.path):
+            return [SnapshotRow(*row) for row in self.db.execute("SELECT * FROM snapshot ORDER BY seq")]
+
+    def add(self, snapshot: SnapshotRow, diff: DiffRow) -> None:
+        """Record a snapshot and its diff (pages are added before, with `add_page`); inside a transaction."""
+        self.db.execute("INSERT INTO snapshot VALUES (?, ?, ?, ?, ?, ?, ?)", _values(snapshot))
+        self.db.execute("INSERT INTO diff VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _values(diff))
+        self._set_meta("next_seq", snapshot.seq + 1)
+
+    def forget(self, keep: int) -> list[int]:
+        """Forget all but the newest `keep` snapshots, and the published diffs before them; returns the numbers forgotten."""
+        seqs = [row[0] for row in self.db.execute("SELECT seq FROM snapshot ORDER BY seq DESC LIMIT -1 OFFSET ?", (keep,))]
+        if seqs:
+            self.db.execute("DELETE FROM snapshot WHERE seq <= ?", (max(seqs),))
+        self._prune()
+        return seqs
+
+    def _prune(self) -> None:
+        """Drop diffs that are acknowledged and lead up to no kept snapshot but the oldest."""
+        oldest = self.db.execute("SELECT min(seq) FROM snapshot").fetchone()[0] or 0
+        seq, page = self.acknowledged()
+        row = self.db.execute("SELECT pages FROM diff WHERE seq = ?", (seq,)).fetchone()
+        published = seq if row is None or page >= row[0] else seq - 1
+        bound = min(oldest, published)
+        self.db.execute("DELETE FROM page WHERE seq <= ?", (bound,))
+        self.db.execute("DELETE FROM diff WHERE seq <= ?", (bound,))
+        self.db.execute("PRAGMA incremental_vacuum(64)").fetchall()
+
+    # ---- the journal
+
+    def add_page(self, seq: int, page: int, count: int, body: bytes) -> None:
+        """`body`: the page's `count` changes as JSON objects joined by commas."""
+        deflated = len(body) >= _DEFLATE_FROM
+        stored = zlib.compress(body, 1) if deflated else body
+        self.db.execute("INSERT INTO page VALUES (?, ?, ?, ?, ?)", (seq, page, count, deflated, stored))
+
+    def diff(self, seq: int) -> DiffRow | None:
+        with translated(self.path):
+            row = self.db.execute("SELECT * FROM diff WHERE seq = ?", (seq,)).fetchone()
+            return DiffRow(*row) if row else None
+
+    def next_diff(self, seq: int) -> DiffRow | None:
+        """The first diff in the journal with a number of at least `seq`."""
+        with translated(self.path):
+            row = self.db.execute("SELECT * FROM diff WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,)).fetchone()
+            return DiffRow(*row) if row else None
+
+    def page(self, seq: int, page: int) -> tuple[int, bytes]:
+        """(number of changes, body). Raises DamageError if it is missing or cannot be inflated."""
+        with translated(self.path):
+            row = self.db.execute("SELECT count, deflated, body FROM page WHERE seq = ? AND page = ?", (seq, page)).fetchone()
+        if row is None:
+            raise DamageError(f"{os.fsdecode(self.path)!r}: damaged system file: page {page} of diff {seq} is missing")
+        count, deflated, body = row
+        try:
+            return count, zlib.decompress(body) if deflated else body
+        except zlib.error as error:
+            raise DamageError(f"{os.fsdecode(self.path)!r}: damaged system file: page {page} of diff {seq}: {error}") from error
+
+    def replace_pages(self, seq: int, pages: Iterable[tuple[int, bytes]], page_limit: int) -> None:
+        """Cut a diff into other pages (a broker takes less than was thought)."""
+        with self.transaction():
+            self.db.execute("DELETE FROM page WHERE seq = ?", (seq,))
+            number = 0
+            for number, (count, body) in enumerate(pages, 1):  # noqa: B007 - the last number is the count
+                self.add_page(seq, number, count, body)
+            self.db.execute("UPDATE diff SET pages = ?, page_limit = ? WHERE seq = ?", (number, page_limit, seq))
+
+    def acknowledged(self) -> tuple[int, int]:
+        """(seq, page) up to which everything has a good PUBACK; (0, 0) before the first."""
+        with translated(self.path):
+            return int(self._meta("acknowledged_seq")), int(self._meta("acknowledged_page"))
+
+    def acknowledge(self, seq: int, page: int) -> None:
+        with self.transaction():
+            self._set_meta("acknowledged_seq", seq)
+            self._set_meta("acknowledged_page", page)
+
+    def backlog(self) -> int:
+        """Diffs not yet acknowledged in full."""
+        with translated(self.path):
+            row = self.db.execute(
+                "SELECT count(*) FROM diff WHERE seq > :seq OR (seq = :seq AND pages > :page)",
+                {"seq": self._meta("acknowledged_seq"), "page": self._meta("acknowledged_page")},
+            ).fetchone()
+            return int(row[0])
+
+
+def _connect(path: bytes, mode: str) -> sqlite3.Connection:
+    uri = f"file:{quote(path)}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=2.0, isolation_level=None, cached_statements=64)
+
+
+def _values(row: SnapshotRow | DiffRow) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in row.__slots__)

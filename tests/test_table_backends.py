@@ -1,0 +1,128 @@
+"""The table engine on real partitions: what it captures, replayed by a consumer that knows nothing else, is what a walk finds."""
+
+import os
+
+import pytest
+from oracle import walk
+from partitions import partition, tmpfs
+from trees import Replica
+from workload import Worker
+
+from comparer.compare import baseline, compare
+from comparer.dirty import Dirty
+from comparer.model import Name
+from snapshotter.backends.ficlone import FicloneBackend
+from snapshotter.backends.metadata import MetadataBackend
+from snapshotter.linux.handles import Codec, name_to_handle_at
+from snapshotter.linux.identity import Identifier
+from snapshotter.live import LiveTree
+from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
+from snapshotter.table import Table
+
+SETTINGS = Settings("epoch", "uuid", "partition", 1 << 20, 60.0, 0)
+
+
+class Engine:
+    """The table engine by hand, without the daemon: one snapshot at a time."""
+
+    def __init__(self, top, kind, by_handle=True):
+        self.top, self.kind, self.by_handle = os.fsencode(top), kind, by_handle
+        os.mkdir(self.top + b"/.snapfeed", 0o700)
+        SystemFile.create(self.top + b"/.snapfeed/system.db", SETTINGS).close()
+        self.replica = Replica()
+
+    def snapshot(self, dirty, more=Dirty):
+        fd = os.open(self.top, os.O_RDONLY | os.O_DIRECTORY)
+        tree = None
+        try:
+            identifier = Identifier(fd)
+            codec = Codec(name_to_handle_at(fd)) if self.by_handle else None
+            tree = LiveTree(fd, identifier.identify, codec)
+            with SystemFile.open(self.top + b"/.snapfeed/system.db") as file, file.transaction():
+                table = Table(file.db, tree.root)
+                backend = (FicloneBackend if self.kind == "ficlone" else MetadataBackend)(tree, table)
+                seq, head = file.next_seq(), file.head()
+                capture = backend.capture(fd, seq, head, dirty, more)
+                if capture.old is None:
+                    changes = list(baseline(capture.new))
+                    self.replica.idents[b""] = tree.root
+                else:
+                    changes = list(compare(capture.old, capture.new, capture.touched, capture.ranges))
+                contents = {c.path: (c.ident, capture.content(c.ident, c.path)) for c in changes if c.after and c.type == "file"}
+                backend.commit(capture)
+                row = SnapshotRow(seq, 0, "command", 0, len(changes), "metadata", None)
+                file.add(row, DiffRow(seq, head, 0, "command", 0, "metadata", None, len(changes), 0, 1 << 17))
+                if forgotten := file.forget(4):
+                    backend.expire(fd, forgotten)
+        finally:
+            if tree is not None:
+                tree.close()
+            os.close(fd)
+        for change in changes:
+            self.replica.apply(change)
+            if change.path == b"" or change.op == "create":
+                self.replica.attrs[change.ident] = change.after
+        now = self.replica.state()
+        for path, (ident, content) in contents.items():
+            if content is not None and path in now and now[path][0] == ident:
+                with open(self.top + b"/" + path, "rb") as live, open(self.top + b"/" + content, "rb") as kept:
+                    assert live.read() == kept.read(), path
+        return changes
+
+    def check(self):
+        expected = walk(self.top)
+        got = self.replica.state()
+        assert sorted(got) == sorted(expected)
+        for path, found in expected.items():
+            ident, attr = got[path]
+            assert ident.ino == found["ino"], path
+            for key in ("size", "mode", "uid", "gid", "nlink", "mtime_ns", "ctime_ns", "rdev", "target"):
+                assert getattr(attr, key) == found[key], (path, key)
+            assert attr.type == found["type"]
+            assert dict(attr.xattrs) == {os.fsencode(n): v for n, v in found["xattrs"].items()}, path
+
+
+def engines():
+    return [("xfs", "ficlone", True), ("ext4", "metadata", True), ("ext4", "metadata", False), ("tmpfs", "metadata", True)]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("fs", "kind", "by_handle"), engines())
+def test_a_reconcile_finds_everything(fs, kind, by_handle, tmp_path):
+    with tmpfs(tmp_path) if fs == "tmpfs" else partition(fs, tmp_path) as part:
+        top = os.fsencode(part if fs == "tmpfs" else part.path)
+        work = Worker(top, 1, reflink=fs == "xfs")
+        for _ in range(60):
+            work.step()
+        engine = Engine(top, kind, by_handle)
+        engine.snapshot(Dirty())
+        engine.check()
+        for _ in range(int(os.environ.get("ROUNDS", "25"))):
+            for _ in range(work.random.randrange(1, 30)):
+                work.step()
+            engine.snapshot(Dirty(lost="test"))
+            engine.check()
+
+
+@pytest.mark.kernel
+def test_a_look_at_every_object_and_name_is_enough_without_a_walk(xfs):
+    """The dirty set as events would give it: everything that was touched, nothing more."""
+    top = os.fsencode(xfs.path)
+    work = Worker(top, 2, reflink=True)
+    engine = Engine(top, "ficlone")
+    engine.snapshot(Dirty())
+    for _ in range(25):
+        known = engine.replica.state()
+        for _ in range(work.random.randrange(1, 30)):
+            work.step()
+        dirty = Dirty(objects={ident for ident, _ in known.values()})
+        for path in filter(None, known):
+            dirty.names.add(Name(known[os.path.dirname(path)][0], os.path.basename(path)))
+        fd = os.open(top, os.O_RDONLY)
+        identifier = Identifier(fd)
+        for path in filter(None, walk(top)):
+            dirty.names.add(Name(identifier.ident(fd, os.path.dirname(path)), os.path.basename(path)))
+        os.close(fd)
+        dirty.written = set(dirty.objects)
+        engine.snapshot(dirty)
+        engine.check()
