@@ -285,7 +285,15 @@ class _Comparison:
             if changed:
                 path = self._path(min(obj.names)) if obj.names else b""
                 yield Change(
-                    Op.MODIFY, obj.ident, obj.type, path, None, changed, before=obj.before, after=obj.after, ranges=content
+                    Op.MODIFY,
+                    obj.ident,
+                    obj.type,
+                    path,
+                    None,
+                    changed,
+                    before=obj.before,
+                    after=obj.after,
+                    ranges=content,
                 )
 
     def _content(self, obj: _Object) -> ByteRanges | None:

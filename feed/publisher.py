@@ -184,9 +184,8 @@ class Publisher:
 
     async def _say_goodbye(self, connection: Connection) -> None:
         payload = self._status("offline", self._timestamp())
-        await asyncio.wait_for(
-            connection.publish_acknowledged(self.topics.status, payload, retain=True), self._patience + 1.0
-        )
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(connection.publish_acknowledged(self.topics.status, payload, retain=True), 2.0)
 
     def _open_lane(self, outbox: Outbox) -> None:
         if self._group is None or self._connection is None or self._stop.is_set():

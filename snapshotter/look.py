@@ -106,7 +106,9 @@ class Look:
             return
         self._names.update(n for n in self.old.names(ident) if n not in self.entries)
         if before.type is FileType.DIR:
-            self._names.update(Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries)
+            self._names.update(
+                Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries
+            )
 
     def _look(self, name: Name) -> None:
         before = self.old.child(*name)
@@ -145,7 +147,9 @@ class Look:
             return
         self._names.update(n for n in self.old.names(ident) if n not in self.entries)
         if (before := self.old.attr(ident)) is not None and before.type is FileType.DIR and ident not in self._places:
-            self._names.update(Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries)
+            self._names.update(
+                Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries
+            )
 
     def _list(self, directory: Ident) -> None:
         """A directory that was not there before: all it holds is new to us."""

@@ -110,7 +110,7 @@ class _Settling:
             self.attrs[gone] = None
             if attr is None or attr.type is not FileType.DIR:
                 continue
-            held = {Name(gone, name): i for name, i in self.old.children(gone)}
+            held: dict[Name, Ident | None] = {Name(gone, name): i for name, i in self.old.children(gone)}
             held.update((n, self.entries[n]) for n in self.inside.get(gone, ()))
             for name, child in held.items():
                 if child is None:

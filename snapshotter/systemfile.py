@@ -211,7 +211,9 @@ class SystemFile:
 
     def forget(self, keep: int) -> list[int]:
         """Forget all but the newest `keep` snapshots, and the published diffs before them; returns the numbers forgotten."""
-        seqs = [row[0] for row in self.db.execute("SELECT seq FROM snapshot ORDER BY seq DESC LIMIT -1 OFFSET ?", (keep,))]
+        seqs = [
+            row[0] for row in self.db.execute("SELECT seq FROM snapshot ORDER BY seq DESC LIMIT -1 OFFSET ?", (keep,))
+        ]
         if seqs:
             self.db.execute("DELETE FROM snapshot WHERE seq <= ?", (max(seqs),))
         self._prune()
@@ -250,14 +252,18 @@ class SystemFile:
     def page(self, seq: int, page: int) -> tuple[int, bytes]:
         """(number of changes, body). Raises DamageError if it is missing or cannot be inflated."""
         with translated(self.path):
-            row = self.db.execute("SELECT count, deflated, body FROM page WHERE seq = ? AND page = ?", (seq, page)).fetchone()
+            row = self.db.execute(
+                "SELECT count, deflated, body FROM page WHERE seq = ? AND page = ?", (seq, page)
+            ).fetchone()
         if row is None:
             raise DamageError(f"{os.fsdecode(self.path)!r}: damaged system file: page {page} of diff {seq} is missing")
         count, deflated, body = row
         try:
             return count, zlib.decompress(body) if deflated else body
         except zlib.error as error:
-            raise DamageError(f"{os.fsdecode(self.path)!r}: damaged system file: page {page} of diff {seq}: {error}") from error
+            raise DamageError(
+                f"{os.fsdecode(self.path)!r}: damaged system file: page {page} of diff {seq}: {error}"
+            ) from error
 
     def replace_pages(self, seq: int, pages: Iterable[tuple[int, bytes]], page_limit: int) -> None:
         """Cut a diff into other pages (a broker takes less than was thought)."""

@@ -61,8 +61,11 @@ class Table:
         row = self.db.execute(f"SELECT {_COLUMNS} FROM inode WHERE ino = ?", (ident.ino,)).fetchone()  # noqa: S608
         if row is None or row[0] != ident.gen:
             return None
-        _, mode, *numbers, xattrs, target = row
-        return Attr(file_type(mode), *_order(numbers, stat.S_IMODE(mode)), unpack_xattrs(xattrs), target)
+        _, mode, size, blocks, uid, gid, nlink, mtime, ctime, btime, rdev, xattrs, target = row
+        kind, permissions = file_type(mode), stat.S_IMODE(mode)
+        return Attr(
+            kind, size, blocks, permissions, uid, gid, nlink, mtime, ctime, btime, rdev, unpack_xattrs(xattrs), target
+        )
 
     def current(self, ino: int) -> Ident | None:
         """The object that has this inode number in the state."""
@@ -147,12 +150,6 @@ class Table:
         self._gens.clear()
         for table in ("inode", "entry", "again"):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - the three names above
-
-
-def _order(numbers: list[int], permissions: int) -> tuple[int, ...]:
-    """From the table's column order to the field order of Attr, without type, xattrs and target."""
-    size, blocks, uid, gid, nlink, *times_rdev = numbers
-    return (size, blocks, permissions, uid, gid, nlink, *times_rdev)
 
 
 class Overlay:

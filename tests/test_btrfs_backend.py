@@ -1,7 +1,6 @@
 """The btrfs engine on a real btrfs: what it says changed, replayed by a consumer that knows nothing else, is what a walk finds."""
 
 import contextlib
-import copy
 import ctypes
 import errno
 import os
@@ -108,9 +107,9 @@ class Engine:
         """The trees alone give the same as the stream."""
         every = FileRanges(capture.old, capture.new)
         other = list(compare(capture.old, capture.new, searched(capture.old, capture.new), every))
-        model = copy.deepcopy(self.model)
+        model = self.model.copy()
         apply(model, other)
-        second = copy.deepcopy(self.model)
+        second = self.model.copy()
         apply(second, changes)
         assert model.entries() == second.entries()
         assert {c.ident: c.ranges for c in changes if c.ranges} == {c.ident: c.ranges for c in other if c.ranges}
@@ -333,6 +332,7 @@ def attributes(top):
 
 
 def attributes_again(top):
+    os.unlink(top / "s")
     attributes(top)
     os.removexattr(top / "2", "user.k")
     os.unlink(top / "s")
@@ -514,9 +514,9 @@ def test_a_path_longer_than_the_kernel_can_send(made, btrfs):
         os.close(above)
     os.close(os.open("f", os.O_CREAT, dir_fd=here))
 
-    def next_changes():
+    def next_changes(search=True):
         capture = made.capture()
-        assert made.backend.last_search
+        assert bool(made.backend.last_search) == search
         changes = list(compare(capture.old, capture.new, capture.touched, capture.ranges))
         apply(made.model, changes)
         made.head = made.seq
@@ -530,7 +530,7 @@ def test_a_path_longer_than_the_kernel_can_send(made, btrfs):
     assert (rename.op, rename.path[-2:], rename.ranges.written) == ("rename", b"/g", (Range(0, 5000),))
     os.close(here)
     shutil.rmtree(btrfs.path / name)
-    assert len(next_changes()) == 32
+    assert len(next_changes(search=False)) == 32, "deletions go through short orphan names"
 
 
 # ---- what is not in a snapshot
@@ -568,7 +568,7 @@ def test_a_file_made_without_a_name_and_linked_later(made, btrfs):
     fd = os.open(btrfs.path, os.O_TMPFILE | os.O_RDWR)
     os.write(fd, b"x" * 10_000)
     assert made.snapshot() == []
-    os.link(f"/proc/self/fd/{fd}", btrfs.path / "named", follow_symlinks=True)
+    os.link(f"/proc/self/fd/{fd}", btrfs.path / "named", src_dir_fd=fd, follow_symlinks=True)
     assert ops(made.snapshot())[0] == ("create", b"named", None)
     os.close(fd)
 
@@ -691,7 +691,7 @@ def test_a_real_stream_survives_no_cut(made, btrfs):
 
 
 def test_generation_tells_an_idle_partition(made, btrfs):
-    made.snapshot()
+    made.snapshot(live=False)  # a walk of the live tree moves access times
     with opened(btrfs.path) as fd:
         generation = made.backend.generation
         assert generation(fd) == made.backend.last_generation

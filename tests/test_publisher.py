@@ -519,3 +519,17 @@ def test_names_for_topics():
     assert address("mqtt://x:2000").port == 2000
     with pytest.raises(OperatorError):
         topics("snapfeed", "h").changes("a#")
+
+
+def test_stop_with_a_broker_that_hangs(tmp_path):
+    async def scenario(broker):
+        made = publisher(broker.url)
+        task = asyncio.create_task(made.run())
+        made.add(box := outbox("data", 3))
+        await eventually(lambda: box.done, "pages are taken")
+        broker.signal(signal.SIGSTOP)
+        await asyncio.wait_for(made.stop(patience=0.1), 5)
+        await task
+
+    with mosquitto(tmp_path) as broker:
+        asyncio.run(scenario(broker))

@@ -24,8 +24,8 @@ _SCAN = 256  # so many ranges in one file: read all its extent items instead of 
 class FileRanges:
     """The changed bytes of a file that both snapshots hold; a `Capture.ranges`.
 
-    `named` are the ranges to look at per file, None: all of every file. Inline and compressed extents give `superset`, all
-    else is exact to the block. Raises OSError as the views do.
+    `named` are the ranges to look at per file, None: all of every file. Written inline and compressed extents give `superset`,
+    all else is exact to the block (what a defragmentation or deduplication moves counts as written). Raises OSError as the views do.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class FileRanges:
         cleared = found.cleared
         if after.size > before.size:
             cleared = _with_growth(cleared, found.written, before.size, after.size)
-        quality = Quality.SUPERSET if found.written and (old.encoded or new.encoded) else Quality.EXACT
+        vague = _overlap(found.written, [*old.inline, *new.inline, *new.compressed])
+        quality = Quality.SUPERSET if vague else Quality.EXACT
         return ByteRanges(found.written, cleared, quality) or None
 
     def _windows(self, ident: Ident, before: Attr, after: Attr) -> list[Range]:
@@ -64,13 +65,14 @@ class FileRanges:
 class _Extents:
     """The extents of one file clipped to windows, as `changed_ranges` takes them.
 
-    `encoded`, once iterated: some were inline or compressed. The place of an extent is its disk extent and the offset into it,
+    `inline` and `compressed`, once iterated: where there are such extents. The place of an extent is its disk extent and the offset into it,
     so that two places are equal only if they are the same bytes, compressed or not; that of inline data is the transaction that
     wrote it.
     """
 
     def __init__(self, view: SubvolumeView, ino: int, windows: list[Range]) -> None:
-        self.encoded = False
+        self.inline: list[Range] = []
+        self.compressed: list[Range] = []
         self._view = view
         self._ino = ino
         self._windows = windows
@@ -103,15 +105,28 @@ class _Extents:
     def _extent(self, logical: int, data: bytes) -> Iterator[Extent]:
         generation, ram_bytes, compression, encryption, other, kind = _EXTENT_HEAD.unpack_from(data)
         if kind == _INLINE:
-            self.encoded = True
+            self.inline.append(Range(logical, ram_bytes))
             yield Extent(logical, ram_bytes, -1 - generation << 128)
             return
         disk_bytenr, _, offset, num_bytes = _EXTENT_REST.unpack_from(data, _EXTENT_HEAD.size)
         if not disk_bytenr:
             return  # a hole with an item of its own (file systems without NO_HOLES)
         if compression or encryption or other:
-            self.encoded = True
+            self.compressed.append(Range(logical, num_bytes))
         yield Extent(logical, num_bytes, (disk_bytenr << 64) + offset, kind == _PREALLOC)
+
+
+def _overlap(ranges: Iterable[Range], others: Iterable[Range]) -> bool:
+    """Whether any two share a byte."""
+    marks = sorted(
+        [(r.offset, r.offset + r.length, 0) for r in ranges] + [(r.offset, r.offset + r.length, 1) for r in others]
+    )
+    reach = [-1, -1]
+    for start, end, side in marks:
+        if reach[1 - side] > start:
+            return True
+        reach[side] = max(reach[side], end)
+    return False
 
 
 def _merged(ranges: Iterable[Range]) -> list[Range]:

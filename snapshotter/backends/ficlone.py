@@ -15,19 +15,26 @@ from comparer.dirty import Dirty
 from comparer.extents import changed_ranges
 from comparer.model import UNKNOWN_RANGES, Attr, ByteRanges, FileType, Ident, Quality
 
-from ..linux.fiemap import extent_count, extents, ficlone
-from ..linux.inode_flags import set_immutable
-from ..live import LiveTree
-from ..look import Outcome
-from ..scan import Progress
-from ..table import Overlay, Table
+from snapshotter.linux.fiemap import extent_count, extents, ficlone
+from snapshotter.linux.inode_flags import set_immutable
+from snapshotter.live import LiveTree
+from snapshotter.look import Outcome
+from snapshotter.scan import Progress
+from snapshotter.table import Overlay, Table
 from .base import SYSTEM_DIR, Capture
 from .metadata import MetadataBackend, content_may_differ, no_progress
 
 CLONES = b"clones"
 MAX_EXTENTS = 50_000  # cloning costs with extents, and the file's writers wait meanwhile
 _TRIES = 3
-_SKIP = (errno.ETXTBSY, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENXIO, errno.EAGAIN)  # swap files, DAX, immutable oddities
+_SKIP = (
+    errno.ETXTBSY,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.ENXIO,
+    errno.EAGAIN,
+)  # swap files, DAX, immutable oddities
 
 
 class FicloneBackend(MetadataBackend):
@@ -56,7 +63,9 @@ class FicloneBackend(MetadataBackend):
         outcome.view.attrs.update(self._take(seq, [(i, outcome.view.attrs[i]) for i in wanted], outcome.again))
 
     def _take_everything(self, seq: int, outcome: Outcome) -> None:
-        rows = self.table.db.execute("SELECT ino, gen FROM inode WHERE mode & ? = ?", (0o170000, stat.S_IFREG)).fetchall()
+        rows = self.table.db.execute(
+            "SELECT ino, gen FROM inode WHERE mode & ? = ?", (0o170000, stat.S_IFREG)
+        ).fetchall()
         idents = [Ident(*row) for row in rows]
         for ident, attr in self._take(seq, ((i, self.table.attr(i)) for i in idents), outcome.again).items():
             self.table.put(ident, attr, None)
@@ -126,7 +135,9 @@ class FicloneBackend(MetadataBackend):
 
     def _make(self, directory: int, label: bytes, source: int) -> None:
         self._remove(directory, label)
-        clone = os.open(label, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400, dir_fd=directory)
+        clone = os.open(
+            label, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400, dir_fd=directory
+        )
         try:
             ficlone(source, clone)
             with contextlib.suppress(OSError):  # no such attribute here: the mode and the directory's protect it
@@ -222,7 +233,9 @@ class FicloneBackend(MetadataBackend):
             for ident, attr in capture.new.attrs.items():
                 old = self.table.clone(ident)
                 if old is not None and (attr is None or self._made.get(ident, old) != old):
-                    self.table.db.execute("INSERT OR IGNORE INTO spent_clone VALUES (?, ?, ?, ?)", (capture.seq, old, *ident))
+                    self.table.db.execute(
+                        "INSERT OR IGNORE INTO spent_clone VALUES (?, ?, ?, ?)", (capture.seq, old, *ident)
+                    )
         super().commit(capture)
 
     def discard(self, root_fd: int, capture: Capture) -> None:  # noqa: ARG002
@@ -235,7 +248,9 @@ class FicloneBackend(MetadataBackend):
 
     def _present(self) -> list[int]:
         try:
-            fd = os.open(SYSTEM_DIR + b"/" + CLONES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.tree.root_fd)
+            fd = os.open(
+                SYSTEM_DIR + b"/" + CLONES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.tree.root_fd
+            )
         except FileNotFoundError:
             return []
         try:
@@ -273,5 +288,3 @@ class FicloneBackend(MetadataBackend):
             with contextlib.suppress(OSError):  # others are still in use
                 os.rmdir(b"%b/%b/%d" % (SYSTEM_DIR, CLONES, seq), dir_fd=self.tree.root_fd)
         self.table.db.execute("DELETE FROM spent_clone WHERE until <= ?", (oldest,))
-
-

@@ -49,7 +49,9 @@ def extents(fd: int) -> Iterator[Extent]:
             return
         for number in range(mapped):
             logical, physical, length, flags = _EXTENT.unpack_from(buffer, _FIEMAP.size + number * _EXTENT.size)
-            yield Extent(logical, length, None if flags & _PLACELESS else physical, bool(flags & FIEMAP_EXTENT_UNWRITTEN))
+            yield Extent(
+                logical, length, None if flags & _PLACELESS else physical, bool(flags & FIEMAP_EXTENT_UNWRITTEN)
+            )
             if flags & FIEMAP_EXTENT_LAST:
                 return
             start = logical + length

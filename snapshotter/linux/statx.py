@@ -48,9 +48,31 @@ def statx(dirfd: int, name: bytes = b"") -> Stat:
     buffer = ctypes.create_string_buffer(STATX_SIZE)
     flags = _FLAGS if name else _FLAGS | AT_EMPTY_PATH
     check(libc.statx(dirfd, name, flags, STATX_BASIC_STATS | STATX_BTIME, buffer), name)
-    (mask, _, attributes, nlink, uid, gid, mode, ino, size, blocks, _, _, _, bs, bn, cs, cn, ms, mn, rmaj, rmin, dmaj, dmin) = (
-        _STATX.unpack_from(buffer)
-    )
+    (
+        mask,
+        _,
+        attributes,
+        nlink,
+        uid,
+        gid,
+        mode,
+        ino,
+        size,
+        blocks,
+        _,
+        _,
+        _,
+        bs,
+        bn,
+        cs,
+        cn,
+        ms,
+        mn,
+        rmaj,
+        rmin,
+        dmaj,
+        dmin,
+    ) = _STATX.unpack_from(buffer)
     return Stat(
         ino,
         mode,

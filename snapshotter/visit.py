@@ -1,0 +1,163 @@
+"""A short visit to a partition: its root through a private mount, its system file, the view of what is there now.
+
+The root is opened through a detached clone of the mount where that is permitted: what others mount on top of the partition does not
+hide it from us, and our being there does not make its mount busy. The system file is opened by its path for as long as the visit
+lasts; visits are short.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from comparer.errors import DamageError, OperatorError, TransientError
+
+from .backends.base import SYSTEM_DIR, Backend
+from .backends.btrfs import BtrfsBackend
+from .backends.ficlone import FicloneBackend
+from .backends.metadata import MetadataBackend
+from .linux.fiemap import ficlone
+from .linux.handles import Codec, UnknownHandleError, name_to_handle_at, open_by_handle_at
+from .linux.identity import Identifier
+from .linux.mount_api import open_tree_clone
+from .live import LiveTree
+from .partition import Partition, uuid_of
+from .systemfile import SYSTEM_FILE, SystemFile
+from .table import Table
+
+_REFUSED = (errno.EPERM, errno.ENOSYS, errno.EINVAL)
+
+
+class Abilities(NamedTuple):
+    """What was found out about a partition when it was first visited. `backend`: btrfs, ficlone or metadata."""
+
+    backend: str
+    by_handle: bool
+    private_mount: bool
+
+
+def open_root(path: bytes, *, private: bool = True) -> tuple[int, bool]:
+    """A descriptor (O_PATH) of a mount's root, and whether it is a private mount. Raises OSError."""
+    if private:
+        try:
+            return open_tree_clone(path), True
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), False
+
+
+def probe(partition: Partition, root_fd: int, *, private: bool) -> Abilities:
+    """Try what works here; ask for no version. Leaves nothing behind."""
+    by_handle = partition.kind == "partition" and _opens_handles(root_fd)
+    if partition.fs_type == "btrfs" and partition.kind == "partition" and by_handle:
+        return Abilities("btrfs", by_handle, private)
+    if by_handle and _reflinks(root_fd):
+        return Abilities("ficlone", by_handle, private)
+    return Abilities("metadata", by_handle, private)
+
+
+def _opens_handles(root_fd: int) -> bool:
+    try:
+        handle = name_to_handle_at(root_fd)
+        Codec(handle)
+        os.close(open_by_handle_at(root_fd, handle, os.O_PATH | os.O_DIRECTORY))
+    except (OSError, UnknownHandleError):
+        return False
+    return True
+
+
+def _reflinks(root_fd: int) -> bool:
+    system = os.open(SYSTEM_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root_fd)
+    names = (b"probe-source", b"probe-clone")
+    fds: list[int] = []
+    try:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=system)
+            fds.append(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=system))
+        os.write(fds[0], b"x" * 4096)
+        ficlone(fds[0], fds[1])
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        for fd, name in zip(fds, names, strict=False):
+            os.close(fd)
+            os.unlink(name, dir_fd=system)
+        os.close(system)
+
+
+class Visit:
+    """Use as a context manager, in one thread. `file` is open, `root_fd` and `tree` show the partition as it is now.
+
+    Entering raises TransientError if the partition is not there (unmounted, replaced by another file system), DamageError if its
+    system file is damaged or another partition's, OperatorError if it has none.
+    """
+
+    def __init__(self, partition: Partition, abilities: Abilities | None = None, *, check: bool = False) -> None:
+        self.partition = partition
+        self._known = abilities
+        self._check = check
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        path, shown = self.partition.path, os.fsdecode(self.partition.path)
+        try:
+            wants_private = self.partition.kind == "partition" and (self._known is None or self._known.private_mount)
+            self.root_fd, private = open_root(path, private=wants_private)
+            stack.callback(os.close, self.root_fd)
+            if self.partition.uuid is not None and uuid_of(self.root_fd, self.partition.fs_type) != self.partition.uuid:
+                raise TransientError(f"{shown!r}: not mounted (another file system is seen there)")
+        except OSError as error:
+            raise TransientError(f"{shown!r}: not mounted or not readable: {error.strerror}") from error
+        self.file = stack.enter_context(self._open_file(shown))
+        self.abilities = self._known or probe(self.partition, self.root_fd, private=private)
+        codec = Codec(name_to_handle_at(self.root_fd)) if self.abilities.by_handle else None
+        self.tree = LiveTree(self.root_fd, Identifier(self.root_fd).identify, codec)
+        stack.callback(self.tree.close)
+
+    def _open_file(self, shown: str) -> SystemFile:
+        try:
+            inside = os.stat(os.path.join(SYSTEM_DIR, SYSTEM_FILE), dir_fd=self.root_fd, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise OperatorError(
+                f"{shown!r} is not adopted (it has no system file); run `snapfeed init {shown}`"
+            ) from error
+        except PermissionError as error:
+            raise OperatorError(f"{shown!r}: no permission to its system file: run as its owner (root)") from error
+        file = SystemFile.open(self.partition.system_file, check=self._check)
+        try:
+            seen = os.stat(self.partition.system_file)
+            if (seen.st_dev, seen.st_ino) != (inside.st_dev, inside.st_ino):
+                raise TransientError(f"{shown!r}: not mounted (another file system is seen there)")
+            uuid = file.settings().uuid
+            if self.partition.uuid is not None and uuid != self.partition.uuid:
+                raise DamageError(f"{shown!r}: its system file belongs to another partition ({uuid})")
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def backend(self, progress: Callable[[int], None] = lambda _: None) -> Backend:
+        """The snapshot backend for this visit."""
+        if self.abilities.backend == "btrfs":
+            return BtrfsBackend()
+        table = Table(self.file.db, self.tree.root)
+        if self.abilities.backend == "ficlone":
+            return FicloneBackend(self.tree, table, progress)
+        return MetadataBackend(self.tree, table, progress)
