@@ -245,7 +245,8 @@ class _Comparison:
             self._vacate(obj, source)
             self._occupy(obj, name)
             assert obj.before is not None and obj.after is not None  # noqa: S101, PT018 - only survivors have sources
-            before, changed, content = obj.after, (), None
+            before, content = obj.after, None
+            changed: tuple[str, ...] = ()
             if not obj.reported:
                 content = self._content(obj)
                 before, changed = obj.before, differences(obj.before, obj.after, content)

@@ -238,6 +238,9 @@ class SystemFile:
         stored = zlib.compress(body, 1) if deflated else body
         self.db.execute("INSERT INTO page VALUES (?, ?, ?, ?, ?)", (seq, page, count, deflated, stored))
 
+    def page_count(self, seq: int) -> int:
+        return int(self.db.execute("SELECT count(*) FROM page WHERE seq = ?", (seq,)).fetchone()[0])
+
     def diff(self, seq: int) -> DiffRow | None:
         with translated(self.path):
             row = self.db.execute("SELECT * FROM diff WHERE seq = ?", (seq,)).fetchone()

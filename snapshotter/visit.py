@@ -38,15 +38,23 @@ class Abilities(NamedTuple):
     private_mount: bool
 
 
-def open_root(path: bytes, *, private: bool = True) -> tuple[int, bool]:
-    """A descriptor (O_PATH) of a mount's root, and whether it is a private mount. Raises OSError."""
+def open_root(stack: contextlib.ExitStack, path: bytes, *, private: bool = True) -> tuple[int, bool]:
+    """A descriptor of a mount's root, open for reading until `stack` ends, and whether the mount is a private one. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if private:
         try:
-            return open_tree_clone(path), True
+            mount = open_tree_clone(path)
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise
-    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), False
+        else:
+            stack.callback(os.close, mount)  # the mount lives as long as this descriptor
+            root = os.open(b".", flags, dir_fd=mount)
+            stack.callback(os.close, root)
+            return root, True
+    root = os.open(path, flags)
+    stack.callback(os.close, root)
+    return root, False
 
 
 def probe(partition: Partition, root_fd: int, *, private: bool) -> Abilities:
@@ -119,8 +127,7 @@ class Visit:
         path, shown = self.partition.path, os.fsdecode(self.partition.path)
         try:
             wants_private = self.partition.kind == "partition" and (self._known is None or self._known.private_mount)
-            self.root_fd, private = open_root(path, private=wants_private)
-            stack.callback(os.close, self.root_fd)
+            self.root_fd, private = open_root(stack, path, private=wants_private)
             if self.partition.uuid is not None and uuid_of(self.root_fd, self.partition.fs_type) != self.partition.uuid:
                 raise TransientError(f"{shown!r}: not mounted (another file system is seen there)")
         except OSError as error:

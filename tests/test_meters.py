@@ -40,7 +40,7 @@ def mapped(path):
 @pytest.mark.parametrize("write", [buffered, direct, mapped])
 def test_every_way_of_writing_is_counted(part, write):
     meters = meters_for(part.fs, part.device, os.fsencode(part.path))
-    assert [meter.kind for meter in meters] == {"xfs": ["xfs", "blockdev"], "btrfs": ["blockdev"], "ext4": ["ext4"]}[
+    assert [meter.kind for meter in meters] == {"xfs": ["xfs", "blockdev"], "btrfs": ["btrfs"], "ext4": ["ext4"]}[
         part.fs
     ]
     volume = Volume(meters)
@@ -79,7 +79,7 @@ def test_a_btrfs_is_measured_through_a_mounted_subvolume_and_on_all_its_devices(
         assert SIZE <= volume.advance() < SIZE * 1.5
         run("btrfs", "device", "remove", other.device, btrfs.path)
         assert volume.advance() >= SIZE
-        assert volume.kinds == ("blockdev",)
+        assert volume.kinds == ("btrfs",)
         run("umount", point)
 
 

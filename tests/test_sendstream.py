@@ -1,5 +1,6 @@
 """The parser of send streams and the replay of their paths, without a disk."""
 
+import contextlib
 import struct
 
 import pytest
@@ -115,7 +116,9 @@ def test_attributes_are_checked():
 
 
 def replayed(data, old=None):
-    entries = {(ROOT, b"d"): Ident(260, 5), (Ident(260, 5), b"f"): Ident(261, 5), (ROOT, b"x"): Ident(262, 5)} | (old or {})
+    entries = {(ROOT, b"d"): Ident(260, 5), (Ident(260, 5), b"f"): Ident(261, 5), (ROOT, b"x"): Ident(262, 5)} | (
+        old or {}
+    )
     replay = Replay(ROOT, lambda parent, name: entries.get((parent, name)), {277: Ident(277, 8)}.get)
     for each in parse(data):
         replay.apply(each)
@@ -132,10 +135,8 @@ def test_mutations_are_damage_or_another_stream_and_nothing_else(data):
         mutated[at : at + cut] = data.draw(st.binary(max_size=8))
         if not mutated:
             break
-    try:
+    with contextlib.suppress(DamageError):
         replayed(bytes(mutated))
-    except DamageError:
-        pass
 
 
 @settings(max_examples=200, deadline=None)

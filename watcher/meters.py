@@ -4,7 +4,8 @@
 |------------|-------------|----------|-------------|-----------------------------------------------------|
 | `xfs`      | exact       | exact    | not counted | at once                                             |
 | `blockdev` | counted     | counted  | counted     | at writeback, journal and metadata included         |
-| `ext4`     | counted     | counted  | counted     | at writeback, journal and metadata included         |
+| `ext4`     | counted     | counted  | counted     | new space at once, the rest at writeback; metadata included |
+| `btrfs`    | counted     | counted  | counted     | buffered writes at once, the rest at writeback; metadata included |
 | `growth`   | new space   | new space| new space   | at once; overwriting in place is not seen           |
 """
 
@@ -21,7 +22,7 @@ class Meter(Protocol):
 
     @property
     def kind(self) -> str:
-        """`xfs`, `blockdev`, `ext4` or `growth`."""
+        """`xfs`, `btrfs`, `ext4`, `blockdev` or `growth`."""
 
     def read(self) -> int:
         """Bytes written since some fixed time in the past, never going down; raises OSError if the source is gone."""
@@ -31,11 +32,17 @@ class Meter(Protocol):
         """True if a write counts at once (XFS statistics), False if at writeback (block devices)."""
 
 
+    @property
+    def waiting(self) -> int:
+        """How many bytes of the last reading are still in memory, on their way to the device."""
+
+
 class XfsMeter:
     """/sys/fs/xfs/DEV/stats/stats, line `xpc`, 2nd value: xs_write_bytes. `device`: the kernel's name, as `sda1`, `dm-3`."""
 
     kind = "xfs"
     immediate = True
+    waiting = 0
 
     def __init__(self, device: str) -> None:
         self._path = f"/sys/fs/xfs/{device}/stats/stats"
@@ -50,18 +57,45 @@ class XfsMeter:
 
 
 class Ext4Meter:
-    """/sys/fs/ext4/DEV/session_write_kbytes: what the device wrote since the mount. `device`: the kernel's name."""
+    """/sys/fs/ext4/DEV: session_write_kbytes, what the device wrote since the mount, and delayed_allocation_blocks, still in memory.
+
+    `device`: the kernel's name; `block_size`: bytes.
+    """
 
     kind = "ext4"
     immediate = False
+    waiting = 0
 
-    def __init__(self, device: str) -> None:
-        self._path = f"/sys/fs/ext4/{device}/session_write_kbytes"
+    def __init__(self, device: str, block_size: int = 4096) -> None:
+        self._path = f"/sys/fs/ext4/{device}/"
+        self._block_size = block_size
         self._sum = _Rising()
+        self._pending = _Pending()
         self.read()
 
     def read(self) -> int:
-        return self._sum.at("", _number(_text(self._path), 0) * 1024)
+        written = self._sum.at("", _number(_text(self._path + "session_write_kbytes"), 0) * 1024)
+        self.waiting = _number(_text(self._path + "delayed_allocation_blocks"), 0) * self._block_size
+        return self._pending.on_top_of(written, self.waiting)
+
+
+class BtrfsMeter:
+    """The sectors its devices wrote (BlockMeter), and what waits in memory: /sys/fs/btrfs/FSID/allocation/data/bytes_may_use."""
+
+    kind = "btrfs"
+    immediate = False
+    waiting = 0
+
+    def __init__(self, directory: str) -> None:
+        self._path = f"{directory}/allocation/data/bytes_may_use"
+        self._devices = BlockMeter(f"{directory}/devices", all_below=True)
+        self._pending = _Pending()
+        self.read()
+
+    def read(self) -> int:
+        written = self._devices.read()
+        self.waiting = _number(_text(self._path), 0)
+        return self._pending.on_top_of(written, self.waiting)
 
 
 class BlockMeter:
@@ -72,6 +106,7 @@ class BlockMeter:
 
     kind = "blockdev"
     immediate = False
+    waiting = 0
 
     def __init__(self, path: str, *, all_below: bool = False) -> None:
         self._path = path
@@ -97,6 +132,7 @@ class GrowthMeter:
 
     kind = "growth"
     immediate = True
+    waiting = 0
 
     def __init__(self, root: bytes) -> None:
         self._root = root
@@ -124,6 +160,17 @@ class _Rising:
         self._last[counter] = value
         self.total += value - last if value >= last else (0 if falls else value)
         return self.total
+
+
+class _Pending:
+    """What is written and what is still to be written: the sum dips while data is on its way to the device, the total does not."""
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def on_top_of(self, written: int, pending: int) -> int:
+        self._total = max(self._total, written + pending)
+        return self._total
 
 
 def _text(path: str) -> str:
@@ -155,9 +202,9 @@ def meters_for(fs_type: str, source_device: str, root: bytes) -> list[Meter]:
     if fs_type == "xfs":
         attempts = [lambda: XfsMeter(device), lambda: BlockMeter(block)]
     elif fs_type == "btrfs":
-        attempts = [lambda: BlockMeter(_btrfs_devices(device), all_below=True)]
+        attempts = [lambda: BtrfsMeter(_btrfs_directory(device))]
     elif fs_type == "ext4":
-        attempts = [lambda: Ext4Meter(device)]
+        attempts = [lambda: Ext4Meter(device, os.statvfs(root).f_frsize)]
     found = _working(attempts) or _working([lambda: BlockMeter(block)])
     return found or [GrowthMeter(root)]
 
@@ -166,13 +213,12 @@ def _by_number(number: int) -> str:
     return f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
 
 
-def _btrfs_devices(device: str) -> str:
-    """The sysfs directory of all devices of the btrfs that `device` is one of. Raises OSError: ENOENT."""
+def _btrfs_directory(device: str) -> str:
+    """The sysfs directory of the btrfs that `device` is one of. Raises OSError: ENOENT."""
     base = "/sys/fs/btrfs"
     for fsid in os.listdir(base):
-        devices = f"{base}/{fsid}/devices"
-        if os.path.exists(f"{devices}/{device}"):
-            return devices
+        if os.path.exists(f"{base}/{fsid}/devices/{device}"):
+            return f"{base}/{fsid}"
     raise OSError(errno.ENOENT, "no btrfs on this device", device)
 
 
@@ -219,12 +265,12 @@ class Volume:
         """The snapshot begun is done, with `own` bytes written for it by ourselves.
 
         An immediate meter counted them since `begin`; one that counts at writeback starts anew, because the snapshot's
-        own sync has flushed what belonged to it. Raises ValueError without a `begin`.
+        own sync has flushed what belonged to it, but for what waits in memory by now. Raises ValueError without a `begin`.
         """
         if self._begun is None:
             raise ValueError("settle without begin")
         for meter, now in self._readings().items():
-            self._base[meter] = min(now, self._begun.get(meter, now) + own) if meter.immediate else now
+            self._base[meter] = min(now, self._begun.get(meter, now) + own) if meter.immediate else now - meter.waiting
         self._begun = None
         self._floor = 0
 

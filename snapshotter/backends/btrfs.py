@@ -18,7 +18,7 @@ from snapshotter.linux import btrfs
 
 from .base import SYSTEM_DIR, Backend, Capture
 from .btrfs_ranges import FileRanges
-from .btrfs_touched import searched, sent
+from .btrfs_touched import SlowStreamError, searched, sent
 from .btrfs_view import SubvolumeView, root_refs
 
 SNAPSHOTS = b"snapshots"
@@ -149,7 +149,7 @@ class BtrfsBackend:
         try:
             capture.touched, named = sent(old, new)
             capture.ranges = FileRanges(old, new, lambda ident: named.get(ident, ()))
-        except (OSError, DamageError) as error:
+        except (OSError, DamageError, SlowStreamError) as error:
             # Whatever kept the kernel from making a stream, or us from following it, the trees themselves hold the whole truth;
             # if it is the disk that fails, this fails too.
             self.last_search = str(error)

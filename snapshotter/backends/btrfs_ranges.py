@@ -25,7 +25,8 @@ class FileRanges:
     """The changed bytes of a file that both snapshots hold; a `Capture.ranges`.
 
     `named` are the ranges to look at per file, None: all of every file. Written inline and compressed extents give `superset`,
-    all else is exact to the block (what a defragmentation or deduplication moves counts as written). Raises OSError as the views do.
+    all else is exact to the block (what a defragmentation or deduplication moves counts as written). Raises OSError as the
+    views do.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class FileRanges:
 class _Extents:
     """The extents of one file clipped to windows, as `changed_ranges` takes them.
 
-    `inline` and `compressed`, once iterated: where there are such extents. The place of an extent is its disk extent and the offset into it,
-    so that two places are equal only if they are the same bytes, compressed or not; that of inline data is the transaction that
-    wrote it.
+    `inline` and `compressed`, once iterated: where there are such extents. The place of an extent is its disk extent and the
+    offset into it, so that two places are equal only if they are the same bytes, compressed or not; that of inline data is the
+    transaction that wrote it.
     """
 
     def __init__(self, view: SubvolumeView, ino: int, windows: list[Range]) -> None:

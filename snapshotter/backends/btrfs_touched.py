@@ -1,7 +1,9 @@
 """Which objects may differ between two btrfs snapshots: as the kernel's send stream says, or as the trees say where it cannot."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
+from comparer.errors import SnapfeedError
 from comparer.model import FileType, Ident, Range
 from comparer.sendreplay import Replay
 from comparer.sendstream import Parser
@@ -9,18 +11,33 @@ from snapshotter.linux import btrfs
 
 from .btrfs_view import SubvolumeView
 
+# The kernel builds each path of a stream by climbing the tree, so a chain of new directories costs the square of its depth or
+# more (1,000 levels: 10 s), where a search costs nothing extraordinary. A stream slower than this is given up.
+PATIENCE = 2.0  # seconds
+SLOWEST = 2000  # commands a second; 100,000 are usual
 
-def sent(old: SubvolumeView, new: SubvolumeView) -> tuple[set[Ident], dict[Ident, list[Range]]]:
+
+class SlowStreamError(SnapfeedError):
+    """The kernel makes the stream so slowly that searching the trees is cheaper."""
+
+
+def sent(
+    old: SubvolumeView, new: SubvolumeView, clock: Callable[[], float] = time.monotonic
+) -> tuple[set[Ident], dict[Ident, list[Range]]]:
     """The objects touched and, per file, the ranges written or turned into holes. Costs what changed.
 
     Raises OSError if the kernel cannot make the stream (a path of more than 4,095 bytes, a balance, ...), DamageError if the
-    stream does not fit the snapshots: `searched` still can answer then.
+    stream does not fit the snapshots, SlowStreamError: `searched` still can answer then.
     """
     replay = Replay(old.root, old.child, new.ident)
     parser = Parser()
+    start = clock()
     for data in btrfs.send_stream(new.fd, old.info.treeid):
         for command in parser.feed(data):
             replay.apply(command)
+        took = clock() - start
+        if took > PATIENCE and replay.commands < took * SLOWEST:
+            raise SlowStreamError(f"{replay.commands} commands of the send stream in {took:.1f} s")
     parser.close()
     return replay.touched, replay.changed
 

@@ -45,3 +45,17 @@ def _ask(fd: int, request: int, buffer: bytearray, offset: int) -> bytes | None:
             return None
         raise
     return bytes(buffer[offset : offset + 16])
+
+
+_FSLABEL_MAX = 256
+FS_IOC_GETFSLABEL = ior(0x94, 49, _FSLABEL_MAX)
+
+
+def fs_label(fd: int) -> str | None:
+    """The file system's label, None if it has none or cannot be asked. `fd` must be open for reading."""
+    try:
+        buffer = bytearray(_FSLABEL_MAX)
+        fcntl.ioctl(fd, FS_IOC_GETFSLABEL, buffer)
+    except OSError:
+        return None
+    return buffer.split(b"\0", 1)[0].decode("utf-8", "replace") or None

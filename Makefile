@@ -1,0 +1,52 @@
+# The same commands for people and for .ci/run; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STAMP := .venv/stamp
+# mkfs, losetup and mosquitto live there, and are not in every user's PATH.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: help setup packages demo test check bench soak clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo "PYTHON=... chooses the Python of .venv; ARGS=... goes to pytest, the demo, the benchmarks and the soak test."
+
+setup: $(STAMP) ## install what is missing: Debian packages (as root) and .venv
+
+packages:
+	@.ci/packages
+
+# A .venv whose Python has gone (an upgrade of the system) is made again.
+ifeq ($(shell test -x $(BIN)/python && echo there),)
+.PHONY: $(STAMP)
+endif
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt) .ci/venv | packages
+	@.ci/venv
+	@touch $@
+
+demo: setup ## show it: partitions, work on them, the changes as they arrive (real partitions as root)
+	@$(BIN)/python -m watcher.demo $(ARGS)
+
+test: setup ## all tests; those on real partitions need root
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## lint, format, types, and who may import whom
+	@echo "ruff check"; $(BIN)/ruff check --quiet .
+	@echo "ruff format --check"; $(BIN)/ruff format --quiet --check .
+	@echo "mypy"; $(BIN)/mypy --no-error-summary
+	@echo "imports"; $(BIN)/python -m pytest --quiet --no-header --no-summary -p no:cacheprovider tests/test_imports.py
+
+bench: setup ## measure, results in bench/results/ (FULL=1 for full sizes)
+	@$(BIN)/python -m bench $(ARGS)
+
+soak: setup ## hours of random work and faults
+	@$(BIN)/python -m bench.soak $(ARGS)
+
+clean: ## remove .venv and all caches
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,191 @@
+"""The command `snapfeed`: its arguments, and how errors become exit codes (0 done, 1 it went wrong, 2 wrongly called)."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from comparer.errors import OperatorError, SnapfeedError
+
+from . import command_ask, command_disk, command_run, command_tail
+from .config import SOCKET
+from .pipeline import describe
+from .units import parse_duration, parse_size
+
+Commands = Callable[[argparse.Namespace], int]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except OperatorError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except OperatorError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_thresholds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--io-threshold",
+        type=_size,
+        default="64MiB",
+        metavar="SIZE",
+        help="written volume that asks for a snapshot (64MiB)",
+    )
+    parser.add_argument(
+        "--time-threshold",
+        type=_duration,
+        default="60s",
+        metavar="TIME",
+        help="time after which one is taken anyway (60s)",
+    )
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket",
+        default=os.environ.get("SNAPFEED_SOCKET", SOCKET),
+        metavar="PATH",
+        help="the daemon's control socket (SNAPFEED_SOCKET, else /run/snapfeed/control.sock)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+
+
+def _add_broker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--broker", metavar="URL", help="mqtt://[user[:password]@]host[:port], or mqtts://")
+
+
+def build() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snapfeed",
+        description="A change feed for ordinary Linux file systems: what changed, exactly, seconds after it did.",
+        epilog="Begin with `snapfeed init MOUNTPOINT`, then `snapfeed run`, then `snapfeed tail`.",
+    )
+    parser.add_argument("--version", action="version", version=f"snapfeed {version('snapfeed')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Commands, text: str, *examples: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    made = command(
+        "format", command_disk.format_device, "make a file system on a device, mounted once to adopt it",
+        "snapfeed format /dev/sdb1 --fs xfs --mount /data",
+        "snapfeed format /dev/sdc --fs btrfs --label backup --io-threshold 256MiB --time-threshold 5min --yes",
+        "snapfeed format /dev/sdb1 --fs xfs --dry-run      (say what it would do)",
+    )  # fmt: skip
+    made.add_argument("device", metavar="DEVICE", help="a block device that is not mounted")
+    made.add_argument("--fs", required=True, choices=("xfs", "btrfs"))
+    _add_thresholds(made)
+    made.add_argument("--label", help="the file system's label; also the partition's name in topics")
+    made.add_argument("--mount", metavar="DIR", help="leave it mounted there")
+    made.add_argument("--yes", action="store_true", help="do not ask")
+    made.add_argument("--force", action="store_true", help="also if the device holds something: IT IS LOST")
+    made.add_argument("--dry-run", action="store_true", help="check everything, change nothing")
+    _add_json(made)
+
+    made = command(
+        "init", command_disk.init, "adopt a mounted file system without touching its data",
+        "snapfeed init /data", "snapfeed init /srv --io-threshold 1GiB --time-threshold 10min",
+        "snapfeed init --directory ~/work      (one directory, without root)",
+    )  # fmt: skip
+    made.add_argument("mountpoint", metavar="MOUNTPOINT")
+    _add_thresholds(made)
+    made.add_argument("--directory", action="store_true", help="adopt just this directory, which is no mount point")
+    _add_json(made)
+
+    made = command(
+        "run", command_run.run, "the daemon, in the foreground",
+        "snapfeed run", "snapfeed run /data /srv", "snapfeed run --config /etc/snapfeed.toml --broker mqtt://broker.lan",
+    )  # fmt: skip
+    made.add_argument(
+        "mountpoints", nargs="*", metavar="MOUNTPOINT", help="default: every adopted partition that is mounted"
+    )
+    made.add_argument("--config", metavar="FILE")
+    _add_broker(made)
+    made.add_argument("--socket", metavar="PATH", help="the control socket (SNAPFEED_SOCKET, else the config's)")
+    made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+    made = command(
+        "snapshot", command_ask.snapshot, "take a snapshot now; returns when it is committed",
+        "snapfeed snapshot", "snapfeed snapshot data --json", "snapfeed snapshot /data /srv",
+    )  # fmt: skip
+    made.add_argument("partitions", nargs="*", metavar="PARTITION", help="name, mount point or UUID (default: all)")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "status", command_ask.status, "what the daemon is doing", "snapfeed status", "snapfeed status --json"
+    )
+    _add_socket(made)
+    _add_json(made)
+
+    made = command("snapshots", command_ask.snapshots, "the snapshots a partition keeps", "snapfeed snapshots data")
+    made.add_argument("partition", metavar="PARTITION")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "diff", command_ask.diff, "the changes between two kept snapshots",
+        "snapfeed diff data 41 42", "snapfeed diff /data 40 42 --json",
+    )  # fmt: skip
+    made.add_argument("partition", metavar="PARTITION")
+    made.add_argument("first", metavar="A", type=int, help="the older snapshot's number")
+    made.add_argument("last", metavar="B", type=int, help="the newer one's")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "tail", command_tail.tail, "print changes as they arrive at the broker",
+        "snapfeed tail", "snapfeed tail --broker mqtt://broker.lan 'snapfeed/edge7/+/changes'", "snapfeed tail --json",
+    )  # fmt: skip
+    made.add_argument("filter", nargs="?", metavar="FILTER", help="topic filter (snapfeed/+/+/changes)")
+    _add_broker(made)
+    _add_socket(made)
+    made.add_argument("--count", type=int, metavar="N", help="stop after N diffs")
+    _add_json(made)
+
+    made = command(
+        "check-config",
+        command_run.check_config,
+        "check a configuration file",
+        "snapfeed check-config /etc/snapfeed.toml",
+    )
+    made.add_argument("file", metavar="FILE")
+    _add_json(made)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    options = build().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except SnapfeedError as error:
+        print(f"snapfeed {options.command}: {describe(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

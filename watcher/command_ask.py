@@ -1,0 +1,144 @@
+"""`snapfeed snapshot`, `status`, `snapshots`, `diff`: what is asked of the daemon; the last two also without one."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from comparer.errors import OperatorError
+from feed.encode import decode_change
+from snapshotter.partition import Partition, adopted, is_adopted, partition_at
+from snapshotter.visit import Visit
+
+from .control import NoDaemonError, ask
+from .render import change_line
+from .service import check_span, read_page, snapshot_row
+from .units import format_duration, format_size
+
+
+def _print(document: Any) -> None:
+    print(orjson.dumps(document).decode(), flush=True)
+
+
+def snapshot(options: argparse.Namespace) -> int:
+    names = options.partitions or [None]
+    for name in names:
+        fields = {"partition": name} if name is not None else {}
+        for answer in ask(options.socket, "snapshot", **fields):
+            for data in answer if isinstance(answer, list) else [answer]:
+                if options.json:
+                    _print(data)
+                elif data["changes"]:
+                    volume = format_size(data["volume"])
+                    print(f"{data['partition']}: snapshot {data['seq']}, {data['changes']} changes, {volume} written")
+                else:
+                    print(f"{data['partition']}: nothing changed since snapshot {data['seq']}")
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    (found,) = ask(options.socket, "status", timeout=10)
+    if options.json:
+        _print(found)
+    else:
+        _show_status(found)
+    return 1 if any(p["state"] == "failed" for p in found["partitions"]) else 0
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    broker = found["broker"]
+    link = "connected" if broker["connected"] else f"not connected ({broker['error'] or 'connecting'})"
+    own = " (embedded)" if broker["embedded"] else ""
+    print(f"snapfeed {found['version']} on {found['host']}, up {format_duration(round(time.time() - found['since']))}")
+    print(f"broker    {broker['url']}{own}: {link}")
+    print(f"memory    {format_size(found['resident'])}")
+    for p in found["partitions"]:
+        reason = f" ({p['reason']})" if p["reason"] else ""
+        can = p["capabilities"]
+        print(f"\n{p['partition']}  {p['state']}{reason}")
+        print(f"  mount      {p['mount']} ({p['fs']}, {p['uuid']})")
+        print(f"  snapshots  {can['snapshots'] or '-'}, head {p['head']}, epoch {p['epoch']}")
+        print(
+            f"  events     {can['events'] or 'none: looks by comparing everything'}, meters {', '.join(can['meters']) or '-'}"
+        )
+        limits = p["thresholds"]
+        print(
+            f"  volume     {format_size(p['volume'])} of {format_size(limits['io'])}, time {format_duration(limits['time'])}"
+        )
+        if p["progress"] is not None:
+            print(f"  working    {p['progress']} entries looked at")
+        last = p["last"]
+        if last is not None:
+            what = (
+                last["skipped"]
+                or f"snapshot {last['seq']}, {last['changes']} changes in {last['seconds'] * 1000:.1f} ms"
+            )
+            print(f"  last       {last['trigger']}: {what}")
+        if p["feed_error"]:
+            print(f"  feed       {p['feed_error']}")
+        if p["excluded"]:
+            print(f"  excluded   {', '.join(p['excluded'])}")
+        for note in p["notes"]:
+            print(f"  note       {note}")
+
+
+def snapshots(options: argparse.Namespace) -> int:
+    rows = list(_or_directly(options, "snapshots", partition=options.partition))
+    for row in rows:
+        if options.json:
+            _print(row)
+            continue
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(row["time_ns"]) / 1e9))
+        print(
+            f"{row['seq']:>8}  {when}  {row['trigger']:<9} {row['changes']:>9} changes  {format_size(row['volume']):>10} written"
+        )
+    if not rows and not options.json:
+        print("no snapshots yet")
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    fields = {"partition": options.partition, "from": options.first, "to": options.last}
+    for changes in _or_directly(options, "diff", **fields):
+        for change in changes:
+            if options.json:
+                _print(change)
+            else:
+                print(change_line(decode_change(change)))
+    return 0
+
+
+def _or_directly(options: argparse.Namespace, verb: str, **fields: Any) -> Iterator[Any]:
+    """Ask the daemon; without one, look into the system file oneself."""
+    try:
+        yield from ask(options.socket, verb, **fields)
+    except NoDaemonError:
+        yield from _directly(verb, fields)
+
+
+def _directly(verb: str, fields: dict[str, Any]) -> Iterator[Any]:
+    with Visit(_find(fields["partition"])) as visit:
+        if verb == "snapshots":
+            for row in visit.file.snapshots():
+                yield snapshot_row(row)
+            return
+        check_span(visit.file, fields["from"], fields["to"])
+        seq, page = fields["from"] + 1, 1
+        while seq <= fields["to"]:
+            body, seq, page = read_page(visit.file, seq, page)
+            yield orjson.loads(b"[" + body + b"]")
+
+
+def _find(name: str) -> Partition:
+    """A mounted, adopted partition by mount point or UUID. Raises OperatorError."""
+    found = next((p for p in adopted() if p.uuid == name), None)
+    if found is not None:
+        return found
+    if name.startswith("/"):
+        partition = partition_at(name, directory=True)
+        if is_adopted(partition.path):
+            return partition
+        raise OperatorError(f"{name} is not adopted; run `snapfeed init {name}`")
+    raise OperatorError(f"no daemon runs, so {ascii(name)} cannot be looked up by name; give a mount point or UUID")

@@ -1,0 +1,86 @@
+"""`snapfeed format` and `snapfeed init`."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+
+import orjson
+
+from comparer.errors import OperatorError
+from snapshotter import format as formatting
+from snapshotter.adopt import adopt
+from snapshotter.partition import Partition, partition_at
+from snapshotter.systemfile import Settings
+
+from .pipeline import printable_path
+from .units import format_duration, format_size
+
+
+def format_device(options: argparse.Namespace) -> int:
+    """Make, mount, adopt; what destroys asks first."""
+    device = formatting.check_device(options.device)
+    formatting.check_tools(options.fs, options.label)
+    held = formatting.contents(device)
+    if held is not None and not options.force:
+        raise OperatorError(f"{options.device} holds {held}; nothing was changed; --force destroys it")
+    what = f"{options.device}: {options.fs} with reflink" + (f", destroying {held}" if held else "")
+    if options.dry_run:
+        print(f"would format {what}")
+        return 0
+    if not options.yes and not _confirmed(f"Format {what}?"):
+        raise OperatorError("nothing was changed; answer `yes`, or give --yes")
+    formatting.make(device, options.fs, options.label)
+    if options.mount:
+        formatting.mount(device, options.fs, options.mount)
+        partition = partition_at(options.mount)
+        settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
+        _say(options, partition, settings, options.device)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="snapfeed-") as directory:
+        formatting.mount(device, options.fs, directory)
+        try:
+            partition = partition_at(directory)
+            settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
+        finally:
+            formatting.unmount(directory)
+    _say(options, partition, settings, options.device)
+    return 0
+
+
+def _confirmed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    return input(f"{question} Type yes: ").strip() == "yes"
+
+
+def init(options: argparse.Namespace) -> int:
+    partition = partition_at(options.mountpoint, directory=options.directory)
+    settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
+    _say(options, partition, settings, None)
+    return 0
+
+
+def _say(options: argparse.Namespace, partition: Partition, settings: Settings, device: str | None) -> None:
+    mounted = device is None or bool(options.mount)
+    mount = printable_path(partition.path) if mounted else None
+    if options.json:
+        facts = {
+            "device": device,
+            "mount": mount,
+            "fs": partition.fs_type,
+            "uuid": settings.uuid,
+            "epoch": settings.epoch,
+            "io_threshold": settings.io_threshold,
+            "time_threshold": settings.time_threshold,
+        }
+        print(orjson.dumps(facts).decode())
+        return
+    place = mount or f"{device} (mount it to use it)"
+    print(
+        f"adopted {place}: {partition.fs_type} {settings.uuid}, thresholds {format_size(settings.io_threshold)},"
+        f" {format_duration(settings.time_threshold)}"
+    )
+    if os.geteuid() != 0:
+        print("note: without root it is watched with inotify, and its snapshots hold metadata only")

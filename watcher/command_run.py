@@ -1,0 +1,73 @@
+"""`snapfeed run` and `snapfeed check-config`."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from dataclasses import replace
+
+import orjson
+
+from feed.broker import BrokerConfig, check
+
+from .config import SOCKET, Config, load
+from .daemon import Daemon, Reload
+
+
+def _adjusted(options: argparse.Namespace, config: Config) -> Config:
+    """What the command line says goes before the configuration."""
+    if options.broker:
+        broker = check(replace(config.broker or BrokerConfig(), url=options.broker))
+        config = replace(config, broker=broker)
+    path = options.socket or os.environ.get("SNAPFEED_SOCKET")
+    return replace(config, socket=path) if path else config
+
+
+def run(options: argparse.Namespace) -> int:
+    start_logging(options.log_level)
+    reload = Reload(options.config, lambda config: _adjusted(options, config))
+    daemon = Daemon(reload(), options.mountpoints, reload)
+    asyncio.run(daemon.run())
+    return 0
+
+
+def start_logging(level: str) -> None:
+    """To stderr: with time stamps for people, with the journal's priorities where it listens (sd-daemon(3))."""
+    if "JOURNAL_STREAM" in os.environ:
+        handler: logging.Handler = _JournalHandler()
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("amqtt", "transitions", "mqtt", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _JournalHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    _PRIORITY = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}  # noqa: RUF012 - a table
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "\n".join(f"<{self._PRIORITY.get(record.levelno, 5)}>{line}" for line in text.splitlines())
+
+
+def check_config(options: argparse.Namespace) -> int:
+    config = load(options.file)
+    if options.json:
+        facts = {
+            "ok": True,
+            "broker": config.broker.url if config.broker else None,
+            "socket": config.socket,
+            "partitions": [p.mount for p in config.partitions],
+        }
+        print(orjson.dumps(facts).decode())
+        return 0
+    broker = config.broker.url if config.broker else "the embedded one"
+    socket = config.socket if config.socket != SOCKET else f"{SOCKET} (default)"
+    print(
+        f"{options.file}: good. Broker: {broker}. Control socket: {socket}. Partitions named: {len(config.partitions)}."
+    )
+    return 0

@@ -1,0 +1,190 @@
+"""The configuration file: TOML, every key checked; an unknown key or a wrong value is an error that says where and what is allowed."""
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from comparer.errors import OperatorError
+from feed.broker import NAME, BrokerConfig, check, slug
+
+from .units import parse_duration, parse_size
+
+SOCKET = "/run/snapfeed/control.sock"
+KEEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionConfig:
+    """One `[[partition]]`: what overrides the thresholds in its system file."""
+
+    mount: str
+    name: str | None = None
+    io_threshold: int | None = None
+    time_threshold: float | None = None
+    keep: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """`broker` None: start the embedded one. Thresholds None: what the system file says. `reconcile`: seconds between checks."""
+
+    broker: BrokerConfig | None = None
+    host: str | None = None
+    base: str | None = None
+    socket: str = SOCKET
+    io_threshold: int | None = None
+    time_threshold: float | None = None
+    keep: int = KEEP
+    reconcile: float = 86400.0
+    exclude: tuple[str, ...] = ()
+    partitions: tuple[PartitionConfig, ...] = field(default_factory=tuple)
+
+    def of(self, mount: str) -> PartitionConfig:
+        """What is configured for a mount point."""
+        return next((p for p in self.partitions if p.mount == mount), PartitionConfig(mount))
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise OperatorError(f"{where}: {value!r} is not allowed; write a text in quotes")
+    return value
+
+
+def _mount(value: Any, where: str) -> str:
+    text = _text(value, where)
+    if not text.startswith("/"):
+        raise OperatorError(f"{where}: {value!r} is not an absolute path")
+    return os.path.normpath(text)
+
+
+def _name(value: Any, where: str) -> str:
+    text = _text(value, where)
+    if not NAME.fullmatch(text):
+        raise OperatorError(f"{where}: {value!r} is not allowed; write 1 to 64 of A-Z a-z 0-9 _ -")
+    return text
+
+
+def _count(least: int, most: int) -> Callable[[Any, str], int]:
+    def checked(value: Any, where: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise OperatorError(f"{where}: {value!r} is not allowed; write a number from {least} to {most}")
+        return value
+
+    return checked
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise OperatorError(f'{where}: {value!r} is not allowed; write a list of texts, such as ["/mnt/*"]')
+    return tuple(_text(item, where) for item in value)
+
+
+Checks = Mapping[str, Callable[[Any, str], Any]]
+_BROKER: Checks = {
+    "url": _text, "username": _text, "password_file": _text, "ca_file": _text, "cert_file": _text, "key_file": _text,
+    "base": _text, "host": _name, "max_packet": _count(8192, 268_435_455),
+}  # fmt: skip
+_CONTROL: Checks = {"socket": _mount}
+_DEFAULTS: Checks = {
+    "io_threshold": parse_size,
+    "time_threshold": parse_duration,
+    "keep": _count(2, 10_000),
+    "reconcile": parse_duration,
+}
+_WATCH: Checks = {"exclude": _texts}
+_PARTITION: Checks = {
+    "mount": _mount,
+    "name": _name,
+    "io_threshold": parse_size,
+    "time_threshold": parse_duration,
+    "keep": _count(2, 10_000),
+}
+_TABLES: Mapping[str, Checks] = {"broker": _BROKER, "control": _CONTROL, "defaults": _DEFAULTS, "watch": _WATCH}
+
+
+def _checked(table: Any, checks: Checks, where: str) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise OperatorError(f"{where}: must be a table, written [{where}]")
+    for key in table:
+        if key not in checks:
+            raise OperatorError(f"{where}.{key}: unknown key; known are {', '.join(checks)}")
+    return {key: checks[key](value, f"{where}.{key}") for key, value in table.items()}
+
+
+def parse(text: str, name: str = "config") -> Config:
+    """Raises OperatorError beginning with `name`."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OperatorError(f"{name}: not TOML: {error}") from error
+    try:
+        return _parse(document)
+    except OperatorError as error:
+        raise OperatorError(f"{name}: {error}") from error
+
+
+def _parse(document: dict[str, Any]) -> Config:
+    for key in document:
+        if key not in (*_TABLES, "partition"):
+            raise OperatorError(f"{key}: unknown table; known are {', '.join(_TABLES)} and [[partition]]")
+    tables = {name: _checked(document.get(name, {}), checks, name) for name, checks in _TABLES.items()}
+    listed = document.get("partition", [])
+    if not isinstance(listed, list):
+        raise OperatorError("partition: must be a list of tables, written [[partition]]")
+    partitions = []
+    for number, table in enumerate(listed, 1):
+        checked = _checked(table, _PARTITION, f"partition[{number}]")
+        if "mount" not in checked:
+            raise OperatorError(f"partition[{number}]: `mount` is missing")
+        partitions.append(PartitionConfig(**checked))
+    for what in ("mount", "name"):
+        values = [v for p in partitions if (v := getattr(p, what)) is not None]
+        twice = next((v for v in values if values.count(v) > 1), None)
+        if twice is not None:
+            raise OperatorError(f"partition.{what}: {twice!r} is given twice")
+    broker = tables["broker"]
+    return Config(
+        broker=broker_config(broker) if "url" in broker else None,
+        host=broker.get("host"),
+        base=broker.get("base"),
+        **tables["control"],
+        **tables["defaults"],
+        **tables["watch"],
+        partitions=tuple(partitions),
+    )
+
+
+def broker_config(given: dict[str, Any]) -> BrokerConfig:
+    """Reads the password file. Raises OperatorError."""
+    fields = dict(given)
+    path = fields.pop("password_file", None)
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                fields["password"] = file.read().rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OperatorError(f"broker.password_file: {path!r}: {error}") from error
+    for key in ("ca_file", "cert_file", "key_file"):
+        if key in fields and not os.access(fields[key], os.R_OK):
+            raise OperatorError(f"broker.{key}: {fields[key]!r} cannot be read; give the path of a readable file")
+    return check(BrokerConfig(**fields))
+
+
+def load(path: str) -> Config:
+    """Raises OperatorError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise OperatorError(f"{path}: {reason}; give the path of a readable configuration file") from error
+    return parse(text, path)
+
+
+def partition_name(configured: str | None, label: str | None, mount: str) -> str:
+    """The name in topics: configured, else the label, else the mount point."""
+    if configured:
+        return configured
+    return slug(label) if label else slug(mount.strip("/") or "root")

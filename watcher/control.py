@@ -1,0 +1,135 @@
+"""The control socket: one JSON object a line in, one or more a line out; local, for the socket's owner (root) only."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from comparer.errors import OperatorError, SnapfeedError
+from feed.commands import LARGEST, VERBS, answer, parse_command
+
+from .pipeline import describe
+from .service import Service
+
+log = logging.getLogger(__name__)
+_UCRED = struct.Struct("3i")
+
+
+class ControlServer:
+    def __init__(self, path: str, service: Service) -> None:
+        self._path = path
+        self._service = service
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Raises OperatorError: another daemon answers there, or the directory cannot be written."""
+        directory = os.path.dirname(self._path)
+        try:
+            os.makedirs(directory, mode=0o755, exist_ok=True)
+            if _answers(self._path):
+                raise OperatorError(
+                    f"{self._path}: another snapfeed daemon is running; stop it, or give another --socket"
+                )
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            previous = os.umask(0o177)
+            try:
+                self._server = await asyncio.start_unix_server(self._serve, self._path, limit=2 * LARGEST)
+            finally:
+                os.umask(previous)
+        except OSError as error:
+            raise OperatorError(f"{self._path}: {error.strerror}; run as root or give another --socket") from error
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if not _may(writer):
+                writer.write(answer(None, error="not your daemon: only root and its own user may command it") + b"\n")
+                return
+            while line := await reader.readline():
+                await self._answer(line, writer)
+                await writer.drain()
+        except (ConnectionError, ValueError, asyncio.LimitOverrunError):
+            pass  # it hung up, or sent a line that never ends
+        finally:
+            writer.close()
+
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        identifier: str | None = None
+        try:
+            if len(line) > LARGEST:
+                raise OperatorError(f"a command of {len(line)} bytes; at most {LARGEST} are allowed")
+            document = orjson.loads(line)
+            if not isinstance(document, dict) or not isinstance(document.get("verb"), str):
+                raise OperatorError("a command is an object with a `verb`")
+            verb = document.pop("verb")
+            given = document.get("id")
+            identifier = given if isinstance(given, str) else None
+            if verb in VERBS:
+                data = await self._service.execute(parse_command(verb, orjson.dumps(document)))
+                writer.write(answer(identifier, data) + b"\n")
+                return
+            async for data in self._service.local(verb, document):
+                writer.write(orjson.dumps({"id": identifier, "more": True, "data": data}) + b"\n")
+                await writer.drain()
+            writer.write(answer(identifier) + b"\n")
+        except orjson.JSONDecodeError as error:
+            writer.write(answer(None, error=f"not JSON: {error}") + b"\n")
+        except SnapfeedError as error:
+            writer.write(answer(identifier, error=describe(error)) + b"\n")
+
+
+def _may(writer: asyncio.StreamWriter) -> bool:
+    peer = writer.get_extra_info("socket")
+    uid = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
+    return uid in (0, os.geteuid())
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+class NoDaemonError(OperatorError):
+    """Nobody answers at the control socket."""
+
+
+def ask(path: str, verb: str, timeout: float | None = None, **fields: Any) -> Iterator[Any]:
+    """Send one command and yield the `data` of its answers. Raises OperatorError, NoDaemonError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(path)
+        except PermissionError as error:
+            raise OperatorError(f"{path}: no permission; run as the user that runs the daemon (root)") from error
+        except OSError as error:
+            raise NoDaemonError(
+                f"{path}: no snapfeed daemon answers ({error.strerror}); start it with `snapfeed run`, or give its --socket"
+            ) from error
+        connection.sendall(orjson.dumps({"verb": verb, "id": str(os.getpid()), **fields}) + b"\n")
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                document = orjson.loads(line)
+                if document.get("error"):
+                    raise OperatorError(document["error"])
+                if not document.get("more"):
+                    if document.get("data") is not None:
+                        yield document["data"]
+                    return
+                yield document["data"]
+    raise OperatorError(f"{path}: the daemon hung up before it had answered; look at its log")

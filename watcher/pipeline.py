@@ -1,0 +1,455 @@
+"""One partition's pipeline: watch, decide, work, publish; independent of every other partition's."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from comparer.dirty import Dirty
+from comparer.errors import DamageError, OperatorError, SnapfeedError, TransientError
+from feed.escape import printable
+from feed.pages import Envelope
+from snapshotter.adopt import quarantine
+from snapshotter.partition import Partition
+from snapshotter.systemfile import Settings, SystemFile
+from snapshotter.visit import Abilities, Visit
+
+from .meters import Volume, meters_for
+from .outbox import JournalOutbox
+from .sources.base import EventSource, SourceError
+from .sources.canary import self_test
+from .sources.choose import make_source
+from .state import Last, State
+from .triggers import Due, Facts, Trigger, decide, next_look
+from .work import Done, Order, sweep, take, thread_io, touch_canary
+
+log = logging.getLogger(__name__)
+POLL = 1.0  # seconds between two readings of the meters when nothing happens
+SILENT = 8 << 20  # bytes written without any event that are a reason to look
+RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the configuration says; None: what the system file says."""
+
+    io_threshold: int | None
+    time_threshold: float | None
+    keep: int
+    reconcile: float
+    chunk_limit: int
+
+
+class Unmounted(Exception):  # noqa: N818 - not an error: the partition went
+    pass
+
+
+class Pipeline:
+    """Made for a partition, whether it is mounted now or not; `run` until cancelled.
+
+    `changed` is called when the state changed; `opened` and `closed` with the outbox while there is a journal to publish from.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        name: str,
+        rules: Rules,
+        envelope: Callable[[str, str, str], Envelope],
+        topic: str,
+        *,
+        changed: Callable[["Pipeline"], None],
+        opened: Callable[[JournalOutbox], None],
+        closed: Callable[[JournalOutbox], None],
+    ) -> None:
+        self.partition = partition
+        self.name = name
+        self.rules = rules
+        self.state = State(name, printable_path(partition.path), partition.fs_type, partition.uuid, kind=partition.kind)
+        self.outbox: JournalOutbox | None = None
+        self._envelope = envelope
+        self._topic = topic
+        self._changed = changed
+        self._opened = opened
+        self._closed = closed
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"snapfeed-{name}")
+        self._wake = asyncio.Event()
+        self._mounts = asyncio.Event()
+        self._commands: list[asyncio.Future[Done]] = []
+        self._reconcile: str | None = None
+        self._abilities: Abilities | None = None
+        self._source: EventSource | None = None
+        self._volume = Volume([])
+        self._dirty = Dirty()
+        self._own = 0  # bytes we wrote since the last snapshot, beside its own
+        self._fresh = True
+        self._last = 0.0
+        self._checked = 0.0
+        self._again = 0
+        self._busy = False
+
+    # ---- for others, in the loop's thread
+
+    async def snapshot(self) -> Done:
+        """The application's command: returns when committed. Raises SnapfeedError."""
+        if self.state.state in ("unmounted", "failed"):
+            raise TransientError(f"{self.name}: {self.state.state}: {self.state.reason}")
+        future: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._commands.append(future)
+        self._wake.set()
+        return await future
+
+    def reconcile(self, reason: str) -> None:
+        """Compare everything with the next snapshot, which is due at once."""
+        self._reconcile = reason
+        self._wake.set()
+
+    def mounts_changed(self) -> None:
+        """Mounts came or went: look whether this partition is one of them."""
+        self._mounts.set()
+        self._wake.set()
+
+    def configure(self, rules: Rules) -> None:
+        """New thresholds; None falls back to the system file's, which are read at the next attach."""
+        self.rules = rules
+        if rules.io_threshold is not None:
+            self.state.io_threshold = rules.io_threshold
+        if rules.time_threshold is not None:
+            self.state.time_threshold = rules.time_threshold
+        self.state.keep = rules.keep
+        self._wake.set()
+        self._changed(self)
+
+    def set_thresholds(self, io_threshold: int | None, time_threshold: float | None) -> None:
+        """What the system file says was changed; the configuration still overrides it."""
+        if io_threshold is not None and self.rules.io_threshold is None:
+            self.state.io_threshold = io_threshold
+        if time_threshold is not None and self.rules.time_threshold is None:
+            self.state.time_threshold = time_threshold
+        self._wake.set()
+        self._changed(self)
+
+    async def in_file(self, function: Callable[[SystemFile], T]) -> T:
+        """Run a function over the open system file, in the partition's thread. Raises SnapfeedError."""
+        return await self._visit(lambda visit: function(visit.file))
+
+    async def close(self) -> None:
+        if self.outbox is not None:
+            await self.outbox.flush()
+        self._detach()
+        self._executor.shutdown(wait=False)
+
+    # ---- the partition's thread
+
+    async def _visit(self, function: Callable[[Visit], T], *, check: bool = False) -> T:
+        def visit() -> tuple[T, int]:
+            before = thread_io()[1]
+            with Visit(self.partition, self._abilities, check=check) as opened:
+                result = function(opened)
+            return result, thread_io()[1] - before
+
+        result, own = await asyncio.get_running_loop().run_in_executor(self._executor, visit)
+        self._own += own
+        return result
+
+    # ---- life
+
+    async def run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._attach()
+                failures = 0
+                await self._follow()
+            except Unmounted:
+                self._stop_following("unmounted", "not mounted")
+                await self._until_mounted()
+                failures = 0
+            except DamageError as error:
+                await self._set_aside(error)
+            except (TransientError, OSError) as error:
+                if not self._mounted():
+                    self._stop_following("unmounted", "not mounted")
+                    await self._until_mounted()
+                else:
+                    await self._wait(failures, error)
+                    failures += 1
+            except (OperatorError, SourceError) as error:
+                await self._wait(failures, error)
+                failures += 1
+
+    def _mounted(self) -> bool:
+        if self.partition.kind == "directory":
+            return os.path.isdir(self.partition.path)
+        from snapshotter.partition import adopted  # noqa: PLC0415
+
+        return any(p.path == self.partition.path and p.uuid == self.partition.uuid for p in adopted())
+
+    async def _until_mounted(self) -> None:
+        while not self._mounted():
+            self._mounts.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._mounts.wait(), RETRY[-1])
+        log.info("%s: mounted again at %s", self.name, self.state.mount)
+
+    async def _wait(self, failures: int, error: Exception) -> None:
+        seconds = RETRY[min(failures, len(RETRY) - 1)]
+        self._stop_following("failed", describe(error))
+        log.error("%s: %s; trying again in %g s", self.name, describe(error), seconds)
+        self._mounts.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._mounts.wait(), seconds)
+
+    def _stop_following(self, state: str, reason: str) -> None:
+        self._detach()
+        if (self.state.state, self.state.reason) != (state, reason):
+            log.warning("%s: %s: %s", self.name, state, reason)
+        self.state.state, self.state.reason, self.state.progress = state, reason, None
+        waiting, self._commands = self._commands, []
+        for future in waiting:
+            if not future.done():
+                future.set_exception(TransientError(f"{self.name}: {state}: {reason}"))
+        self._changed(self)
+
+    def _detach(self) -> None:
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+        if self.outbox is not None:
+            self._closed(self.outbox)
+            self.outbox = None
+        self._fresh = True
+
+    async def _set_aside(self, error: DamageError) -> None:
+        """A damaged store is kept aside; a new one begins a new epoch."""
+        self._detach()
+        io = self.rules.io_threshold or self.state.io_threshold or 64 << 20
+        seconds = self.rules.time_threshold or self.state.time_threshold or 60.0
+        settings, aside = await asyncio.get_running_loop().run_in_executor(
+            self._executor, quarantine, self.partition, time.time_ns(), io, seconds
+        )
+        note = f"{error}; kept aside in {aside}; new epoch {settings.epoch}"
+        log.error("%s: %s", self.name, note)
+        self.state.notes = [*self.state.notes[-3:], note]
+
+    # ---- attaching
+
+    async def _attach(self) -> None:
+        self.state.state, self.state.reason = "starting", None
+        self._abilities = None
+
+        def look(visit: Visit) -> tuple[Abilities, Settings, int | None, int, str]:
+            removed = sweep(visit)
+            if removed:
+                log.info("%s: removed %d leftovers of an unfinished snapshot", self.name, removed)
+            backend = visit.backend()
+            return visit.abilities, visit.file.settings(), visit.file.head(), visit.file.backlog(), backend.consistency
+
+        abilities, settings, head, backlog, consistency = await self._visit(look, check=True)
+        self._abilities, state = abilities, self.state
+        state.epoch, state.head, state.backlog = settings.epoch, head, backlog
+        state.io_threshold = self.rules.io_threshold or settings.io_threshold
+        state.time_threshold = self.rules.time_threshold or settings.time_threshold
+        state.keep = self.rules.keep
+        state.backend, state.consistency = abilities.backend, consistency
+        uuid = settings.uuid
+        state.uuid = uuid
+        self._dirty = Dirty(lost="not watched until now")
+        self._source = await self._watch()
+        self._volume = Volume(
+            meters_for(self.partition.fs_type, os.fsdecode(self.partition.source), self.partition.path)
+        )
+        state.meters = self._volume.kinds
+        self._own = 0
+        self._fresh = True
+        self._last = self._checked = time.monotonic()
+        state.state = "watching" if self._source is not None else "scanning"
+        self.outbox = JournalOutbox(
+            self.name,
+            self._topic,
+            self._envelope(self.name, uuid, settings.epoch),
+            self.in_file,
+        )
+        self._opened(self.outbox)
+        log.info(
+            "%s: %s %s (%s, %s snapshots, events: %s), head %s, thresholds %d bytes, %g s",
+            self.name, state.state, state.mount, state.fs, state.backend, state.source or "none", head,
+            state.io_threshold, state.time_threshold,
+        )  # fmt: skip
+        self._changed(self)
+
+    async def _watch(self) -> EventSource | None:
+        """A source that was seen to work; None if there is none: then every look is a look at everything."""
+        source, why = make_source(self.partition, self._wake.set)
+        if source is not None and not await self._hears(source):
+            why = f"{source.kind}: no event of a canary"
+            source.close()
+            source = None
+        self.state.source = source.kind if source is not None else None
+        self.state.reason = why if source is None else None
+        if why:
+            self.state.notes = [*self.state.notes[-3:], why]
+        return source
+
+    async def _hears(self, source: EventSource) -> bool:
+        loop = asyncio.get_running_loop()
+
+        def touch() -> None:
+            self._touching = loop.create_task(self._visit(touch_canary))
+
+        heard = await self_test(source, touch)  # type: ignore[arg-type]
+        await self._touching
+        return heard
+
+    # ---- following
+
+    async def _follow(self) -> None:
+        while True:
+            if self._mounts.is_set():
+                self._mounts.clear()
+                if not self._mounted():
+                    raise Unmounted
+            self._wake.clear()
+            facts = self._facts()
+            due = decide(facts)
+            if due is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), next_look(facts, POLL))
+            elif due.trigger is None:
+                self._heartbeat(Trigger.TIME)
+            else:
+                await self._work(due)
+
+    def _facts(self) -> Facts:
+        now = time.monotonic()
+        self.state.volume = max(0, self._volume.advance() - self._own)
+        source = self._source
+        return Facts(
+            now=now,
+            last=self._last,
+            volume=self.state.volume,
+            events=bool(self._dirty) or self._again > 0 or source is None or source.pending,
+            io_threshold=self.state.io_threshold,
+            time_threshold=self.state.time_threshold,
+            silent_volume=SILENT,
+            commands=len(self._commands),
+            lost=self._reconcile is not None or (self._dirty.lost is not None and not self._fresh),
+            fresh=self._fresh,
+            check_due=now - self._checked >= self.rules.reconcile,
+        )
+
+    def _heartbeat(self, trigger: str) -> None:
+        self._last = time.monotonic()
+        self.state.last = Last(trigger, self.state.head, time.time_ns(), skipped="no change")
+        self._changed(self)
+
+    def _take_events(self) -> Dirty:
+        return self._source.take() if self._source is not None else Dirty()
+
+    async def _work(self, due: Due) -> None:
+        assert due.trigger is not None  # noqa: S101 - heartbeats do not come here
+        loop = asyncio.get_running_loop()
+        commands, self._commands = self._commands, []
+        volume = self.state.volume
+        silent = not self._dirty and not (self._source is not None and self._source.pending)
+        self._volume.begin()
+        taken, self._dirty = self._dirty, Dirty()
+        taken.merge(self._take_events())
+        taken.lost = taken.lost or self._reconcile or self._why_everything(due.trigger, silent=silent)
+        self._reconcile = None
+        trigger = due.trigger
+        if taken.lost and trigger in (Trigger.TIME, Trigger.VOLUME) and not silent and self._source is not None:
+            trigger = Trigger.RECONCILE
+        everything = Dirty(set(taken.objects), set(taken.written), set(taken.names), taken.lost, taken.events)
+
+        def more() -> Dirty:
+            async def now() -> Dirty:
+                found = self._take_events()
+                everything.merge(found)
+                return found
+
+            return asyncio.run_coroutine_threadsafe(now(), loop).result()
+
+        order = Order(trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit)
+        try:
+            self._busy = True
+            done = await self._visit(lambda visit: take(visit, order, more, self._progress(loop)))
+        except BaseException as error:
+            self._dirty.merge(everything)
+            self._volume.abandon()
+            for future in commands:
+                if not future.done():
+                    failure = error if isinstance(error, SnapfeedError) else TransientError(describe(error))
+                    future.set_exception(failure)
+            raise
+        finally:
+            self._busy = False
+        self._finish(done, looked_at_everything=everything.lost is not None)
+        for future in commands:
+            if not future.done():
+                future.set_result(done)
+
+    def _why_everything(self, trigger: Trigger, *, silent: bool) -> str | None:
+        if self._source is None:
+            return "no events here"
+        if trigger is Trigger.RECONCILE:
+            return "asked for, or the periodic check"
+        if silent and trigger in (Trigger.VOLUME, Trigger.TIME):
+            return "written without events"
+        return None
+
+    def _finish(self, done: Done, *, looked_at_everything: bool) -> None:
+        self._volume.settle(done.own)
+        self._own = 0
+        self._fresh = False
+        self._again = done.again
+        self._last = time.monotonic()
+        if looked_at_everything:
+            self._checked = self._last
+        state = self.state
+        state.head, state.progress, state.volume = done.seq, None, 0
+        state.excluded = tuple(printable_path(p) for p in done.excluded)
+        skipped = None if done.recorded else "no change"
+        state.last = Last(
+            done.trigger, done.seq, time.time_ns(), done.changes, done.volume, done.seconds, done.read, skipped
+        )
+        if done.recorded:
+            log.info(
+                "%s: snapshot %d (%s): %d changes, %d bytes written, %.1f ms",
+                self.name, done.seq, done.trigger, done.changes, done.volume, done.seconds * 1000,
+            )  # fmt: skip
+            if self.outbox is not None:
+                self.outbox.ready.set()
+        self._changed(self)
+
+    def _progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
+        def show(entries: int) -> None:
+            self.state.progress = entries
+            self._changed(self)
+
+        def report(entries: int) -> None:
+            loop.call_soon_threadsafe(show, entries)
+
+        return report
+
+
+def printable_path(path: bytes) -> str:
+    """A path for JSON and people: as it is if that is harmless, else escaped."""
+    text = path.decode("utf-8", "surrogateescape")
+    return text if text.isprintable() else printable(path)
+
+
+def describe(error: BaseException) -> str:
+    """An error for people, in one line, nothing unescaped."""
+    if isinstance(error, OSError) and error.strerror:
+        name = error.filename
+        shown = f": {printable(os.fsencode(name))}" if isinstance(name, (str, bytes)) else ""
+        return f"{error.strerror}{shown}"
+    text = str(error) or type(error).__name__
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,152 @@
+"""One piece of work on one partition: a snapshot, its comparison, its diff in the journal, in one transaction. Plain functions.
+
+They run in the partition's own thread, which is also the only one that has its system file open.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from comparer.compare import baseline, compare
+from comparer.dirty import Dirty
+from comparer.model import Change, FileType
+from feed.encode import encode_bytes
+from feed.pages import chunks
+from snapshotter.backends.base import Backend, Capture
+from snapshotter.systemfile import DiffRow, SnapshotRow, SystemFile
+from snapshotter.visit import Visit
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the pipeline asks for. `now_ns` is the wall clock, for people; `chunk_limit` bytes a page's changes may take."""
+
+    trigger: str
+    dirty: Dirty
+    volume: int
+    now_ns: int
+    keep: int
+    chunk_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """`seq` is the head's. `recorded`: a snapshot was made (something had changed). `again`: to be looked at next time.
+
+    `own` is the bytes this thread wrote meanwhile, `read` those it read, `seconds` how long it took.
+    """
+
+    seq: int
+    recorded: bool
+    changes: int
+    volume: int
+    trigger: str
+    again: int
+    own: int
+    read: int
+    seconds: float
+    excluded: tuple[bytes, ...] = ()
+
+
+def thread_io() -> tuple[int, int]:
+    """(bytes read, bytes written) by this thread through system calls so far: /proc/thread-self/io; (0, 0) where there is none."""
+    try:
+        with open("/proc/thread-self/io", encoding="ascii") as file:
+            fields = dict(line.split(": ") for line in file.read().splitlines())
+    except OSError:
+        return 0, 0
+    return int(fields["rchar"]), int(fields["wchar"])
+
+
+def take(visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callable[[int], None]) -> Done:
+    """Take a snapshot, or find that nothing changed.
+
+    Raises OSError, TransientError, DamageError; the partition is then as it was, but for what `sweep` removes.
+    """
+    started = time.perf_counter()
+    read_before, written_before = thread_io()
+    file, backend = visit.file, visit.backend(progress)
+    capture: Capture | None = None
+    recorded = False
+    forgotten: list[int] = []
+    try:
+        with file.transaction():
+            seq, head = file.next_seq(), file.head()
+            capture = backend.capture(visit.root_fd, seq, head, order.dirty, more)
+            changes = _journal(file, capture, order)
+            if changes or head is None:
+                _record(file, backend, capture, order, changes, head)
+                forgotten = file.forget(order.keep)
+                recorded = True
+            else:
+                backend.note(capture.again)
+    except BaseException:
+        if capture is not None:
+            backend.discard(visit.root_fd, capture)
+        raise
+    if not recorded:
+        backend.discard(visit.root_fd, capture)
+    if forgotten:
+        with file.transaction():
+            backend.expire(visit.root_fd, forgotten)
+    read_after, written_after = thread_io()
+    return Done(
+        seq if recorded or head is None else head,
+        recorded,
+        changes,
+        order.volume,
+        order.trigger,
+        len(capture.again.objects) + len(capture.again.names),
+        written_after - written_before,
+        read_after - read_before,
+        time.perf_counter() - started,
+        capture.excluded,
+    )
+
+
+def _changes(capture: Capture) -> Iterator[Change]:
+    if capture.old is None:
+        return baseline(capture.new)
+    return compare(capture.old, capture.new, capture.touched, capture.ranges)
+
+
+def _journal(file: SystemFile, capture: Capture, order: Order) -> int:
+    """Write the diff's pages; returns the number of changes."""
+    encoded = (
+        encode_bytes(c, capture.content(c.ident, c.path) if c.type is FileType.FILE and c.after is not None else None)
+        for c in _changes(capture)
+    )
+    count = 0
+    for number, chunk in enumerate(chunks(encoded, order.chunk_limit), 1):
+        file.add_page(capture.seq, number, chunk.count, chunk.data)
+        count += chunk.count
+    return count
+
+
+def _record(file: SystemFile, backend: Backend, capture: Capture, order: Order, changes: int, head: int | None) -> None:
+    backend.commit(capture)
+    pages = file.page_count(capture.seq)
+    common = (order.now_ns, order.trigger, order.volume)
+    file.add(
+        SnapshotRow(capture.seq, *common, changes, backend.consistency, capture.snapshot),
+        DiffRow(capture.seq, head, *common, backend.consistency, capture.snapshot, changes, pages, order.chunk_limit),
+    )
+
+
+def sweep(visit: Visit) -> int:
+    """Remove what an unfinished snapshot left; the number of things removed."""
+    kept = [row.seq for row in visit.file.snapshots()]
+    backend = visit.backend()
+    removed = backend.sweep(visit.root_fd, kept)
+    if kept and min(kept) > 1:
+        with visit.file.transaction():
+            backend.expire(visit.root_fd, [min(kept) - 1])
+    return removed
+
+
+def touch_canary(visit: Visit) -> None:
+    """Make and remove a file in the system directory, for the event source's self-test."""
+    path = b".snapfeed/canary"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=visit.root_fd))
+    os.unlink(path, dir_fd=visit.root_fd)
