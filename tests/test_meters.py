@@ -131,6 +131,7 @@ class Counter:
     def __init__(self, *, immediate):
         self.kind = "xfs" if immediate else "blockdev"
         self.immediate = immediate
+        self.waiting = 0
         self.value = 1000
         self.gone = False
 
