@@ -111,7 +111,7 @@ class _Comparison:
     # ---- the steps
 
     def changes(self, touched: Collection[Ident]) -> Iterator[Change]:
-        for ident in touched:
+        for ident in sorted(touched):
             self._load(ident)
         gone = [o for o in self.objects.values() if o.after is None]
         blocked = self._blocked({o.ident for o in gone if o.type is FileType.DIR})

@@ -6,6 +6,7 @@ import os
 
 from model import Model, apply
 from oracle import walk
+from workload import Worker
 
 from comparer.compare import baseline, compare
 from comparer.dirty import Dirty
@@ -42,6 +43,13 @@ def write_at(path, offset, data):
 
 def inside(position, ranges):
     return any(r.offset <= position < r.offset + r.length for r in ranges)
+
+
+class SafeWorker(Worker):
+    """Random work whose symbolic links lead nowhere: what a write follows must not lie outside of the partition."""
+
+    def symlink(self, _target, fresh, _anything):
+        os.symlink(self.random.choice([b"nowhere/at/all", b"..", b"a", b"\xff\n"]), fresh)
 
 
 class Engine:

@@ -9,10 +9,9 @@ import stat
 from random import Random
 
 import pytest
-from btrfs_engine import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Engine, fallocate, libc, ops, write_at
+from btrfs_engine import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Engine, SafeWorker, fallocate, libc, ops, write_at
 from model import apply
 from partitions import run
-from workload import Worker
 
 from comparer.compare import compare
 from comparer.errors import DamageError
@@ -167,7 +166,7 @@ def test_scripted_work(btrfs):
 @pytest.mark.parametrize("seed", range(6))
 def test_random_work(btrfs, seed):
     made = Engine(btrfs.path)
-    worker = Worker(os.fsencode(btrfs.path), seed, reflink=True)
+    worker = SafeWorker(os.fsencode(btrfs.path), seed, reflink=True)
     made.snapshot()
     for _ in range(12):
         for _ in range(worker.random.choice([1, 5, 30, 60])):
@@ -231,7 +230,7 @@ def test_an_unusable_stream_is_answered_by_a_search(made, btrfs, monkeypatch, ca
             raise failure
 
         monkeypatch.setattr(engine, "sent", failing)
-        Worker(bytes(btrfs.path), 1).step()
+        SafeWorker(bytes(btrfs.path), 1).step()
         removals(btrfs.path) if (btrfs.path / "gone/x").exists() else attributes(btrfs.path)
         assert made.snapshot(search=True)
         assert made.backend.last_search

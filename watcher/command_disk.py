@@ -1,6 +1,7 @@
 """`snapfeed format` and `snapfeed init`."""
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from snapshotter.adopt import adopt
 from snapshotter.partition import Partition, partition_at
 from snapshotter.systemfile import Settings
 
+from .config import SOCKET
+from .control import ask
 from .pipeline import printable_path
 from .units import format_duration, format_size
 
@@ -62,8 +65,16 @@ def init(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tell_daemon() -> None:
+    """A daemon that runs begins with the new partition at once; none running is nobody's fault."""
+    with contextlib.suppress(OperatorError, OSError):
+        list(ask(os.environ.get("SNAPFEED_SOCKET", SOCKET), "rescan", timeout=5))
+
+
 def _say(options: argparse.Namespace, partition: Partition, settings: Settings, device: str | None) -> None:
     mounted = device is None or bool(options.mount)
+    if mounted:
+        _tell_daemon()
     mount = printable_path(partition.path) if mounted else None
     if options.json:
         facts = {

@@ -68,7 +68,7 @@ class Daemon:
             self._publisher = Publisher(
                 broker, version=version("snapfeed"), handler=self._service.handle, on_status=self._feed_status
             )
-            watch = MountWatch(self._mounts_changed)
+            watch = MountWatch(self.rescan)
             for wanted in self._wanted(start=True):
                 self._add(wanted)
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,9 +153,11 @@ class Daemon:
                     if partition.kind == "directory":
                         partition_at(mount)  # says why it is no partition
                     raise OperatorError(f"{mount!r} is not adopted; run `snapfeed init {mount}`")
-            except OperatorError:
-                if start:
+            except OperatorError as error:
+                if start and self._fixed:
                     raise
+                if start:
+                    log.warning("%s; waiting for it", error)
                 continue
             found.append(partition)
         return found
@@ -199,7 +201,8 @@ class Daemon:
             chunk_limit(self._publisher.config.max_packet),
         )
 
-    def _mounts_changed(self) -> None:
+    def rescan(self) -> None:
+        """Mounts came or went, or a partition was adopted: look what there is to visit."""
         for pipeline in self._pipelines.values():
             pipeline.mounts_changed()
         known = {(p.partition.path, p.partition.uuid) for p in self._pipelines.values()}
@@ -228,7 +231,7 @@ class Daemon:
         self.config = replace(config, broker=self.config.broker, socket=self.config.socket)
         for pipeline in self._pipelines.values():
             pipeline.configure(self._rules(os.fsdecode(pipeline.partition.path)))
-        self._mounts_changed()
+        self.rescan()
         log.info("configuration read again")
 
     # ---- what is said

@@ -28,6 +28,8 @@ class Partitions(Protocol):
 
     def overview(self) -> dict[str, Any]: ...
 
+    def rescan(self) -> None: ...
+
 
 class Service:
     def __init__(self, daemon: Partitions, now: Callable[[], float] = time.monotonic) -> None:
@@ -133,6 +135,8 @@ class Service:
         """Answers, one or many, to what only the control socket asks. Raises SnapfeedError."""
         if verb == "status":
             yield self._daemon.overview()
+        elif verb == "rescan":
+            self._daemon.rescan()
         elif verb == "snapshots":
             (pipeline,) = self.find([_text(document, "partition")])
             rows = await pipeline.in_file(SystemFile.snapshots)
