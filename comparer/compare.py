@@ -274,7 +274,8 @@ class _Comparison:
         for target, source in obj.sources.items():
             if source == name:
                 obj.sources[target] = spare
-        return Change(Op.RENAME, obj.ident, obj.type, path, from_path, (), obj.before, obj.before)
+        attr = obj.after or obj.before  # what changed is said by the rename to its place; none of it is taken back here
+        return Change(Op.RENAME, obj.ident, obj.type, path, from_path, (), attr, attr)
 
     def _modifications(self) -> Iterator[Change]:
         stayed = [o for o in self.objects.values() if o.before and o.after and not o.reported]

@@ -45,17 +45,12 @@ def changed_ranges(old: Iterable[Extent], old_size: int, new: Iterable[Extent], 
     if new_size < old_size:
         _append(cleared, new_size, old_size)
         cleared = _merge(cleared)
-    elif new_size > old_size and not _covers(written, old_size):
-        # grown by truncate: the new space is a hole, its bytes are zeros that were not there before
-        _append(cleared, old_size, new_size)
-        cleared = _subtract(_merge(cleared), written)
+    elif new_size > old_size:
+        # new space without data: its bytes are zeros that were not there before
+        cleared = _merge([*cleared, *_subtract([Range(old_size, new_size - old_size)], written)])
     if unknown:
         return ByteRanges(quality=Quality.UNKNOWN)
     return ByteRanges(tuple(written), tuple(cleared))
-
-
-def _covers(ranges: list[Range], offset: int) -> bool:
-    return any(r.offset <= offset < r.offset + r.length for r in ranges)
 
 
 def _append(ranges: list[Range], start: int, end: int) -> None:

@@ -6,6 +6,7 @@ an error. Pages that arrive again are dropped by their key, but must be what the
 
 import base64
 import json
+import os
 from dataclasses import dataclass, field
 
 import oracle
@@ -49,6 +50,7 @@ class Consumer:
     names: dict[bytes, str] = field(default_factory=dict)
     _seen: dict[tuple[str, int, int], tuple[int, list]] = field(default_factory=dict)
     _open: list[dict] = field(default_factory=list)
+    _before: dict[str, dict] = field(default_factory=dict)
     _root: str | None = None
     duplicates: int = 0
 
@@ -99,6 +101,7 @@ class Consumer:
     # ---- changes
 
     def _apply(self, changes: list[dict]) -> None:
+        self._before = {ident: thing.after for ident, thing in self.things.items()}
         for change in changes:
             try:
                 self._one(change)
@@ -132,6 +135,7 @@ class Consumer:
             check(lives == (op == "unlink"), "other names" if lives else "its last name")
             if op == "delete":
                 check(change["after"] is None, "deleted, but it is something after")
+                self._had(ident, change)
                 del self.things[ident]
                 return
         elif op == "rename":
@@ -142,9 +146,8 @@ class Consumer:
         thing = self.things[ident]
         check(thing.type == change["type"], f"type {change['type']} of what is a {thing.type}")
         if change["after"] is not None:
-            if op == "modify":
-                check(change["before"] is not None, "modified, and nothing before")
-                check(_plain(change["before"]) == _plain(thing.after), "`before` is not what it was")
+            check(op != "modify" or change["before"] is not None, "modified, and nothing before")
+            self._had(ident, change)
             thing.after = change["after"]
 
     def _root_changes(self, change: dict, ident: str) -> None:
@@ -155,6 +158,13 @@ class Consumer:
         check(self._root == ident, "another root")
         self.names[b""] = ident
         self.things[ident] = Thing("dir", change["after"], None)
+
+    def _had(self, ident: str, change: dict) -> None:
+        """`before` is what the object was as of the diff's parent, whatever this diff said of it already."""
+        if change["before"] is not None:
+            # `blocks` is the file system's bookkeeping and may change without a change: delayed allocation, speculative preallocation
+            known = {**self._before[ident], "blocks": change["before"]["blocks"]}
+            check(change["before"] == known, f"`before` is not what it was: {known}")
 
     def _rename(self, old: bytes, new: bytes, ident: str) -> None:
         check(self.names.get(old) == ident, "`from` is not its name")
@@ -173,7 +183,7 @@ class Consumer:
     # ---- judging
 
     def state(self) -> dict[bytes, dict]:
-        """What a walk of the partition should find, without xattrs."""
+        """What a walk of the partition should find."""
         return {path: self._described(ident) for path, ident in self.names.items()}
 
     def _described(self, ident: str) -> dict:
@@ -182,6 +192,9 @@ class Consumer:
         found = {"type": thing.type, "target": thing.target, "rdev": None, "ino": int(ident.split(".")[0])}
         found |= {key: after[key] for key in ("mode", "uid", "gid", "nlink")}
         found |= {key: int(after[key]) for key in ("size", "mtime_ns", "ctime_ns")}
+        found["xattrs"] = {key: base64.b64decode(value) for key, value in after.get("xattrs", {}).items()}
+        for key, value in after.get("xattrs_b64", {}).items():
+            found["xattrs"][os.fsdecode(base64.b64decode(key))] = base64.b64decode(value)
         if thing.type in ("char", "block"):
             found["rdev"] = int(after["rdev"])
         return found
@@ -189,14 +202,11 @@ class Consumer:
     def compare(self, top) -> None:
         """Raises FeedError where the model differs from a walk of `top`. The root's own attributes count once the feed told them."""
         walked, held = oracle.walk(top), self.state()
-        for entry in walked.values():
-            del entry["xattrs"]
         if b"" not in held:
             del walked[b""]
         for path in sorted(walked.keys() | held.keys()):
             there, here = walked.get(path), held.get(path)
-            # a directory's size and count of subdirectories are the file system's own business only for the root, which
-            # holds the system directory
+            # the root's size, links and change time are also the system directory's doing
             if there != here and not (path == b"" and _but_system(there) == _but_system(here)):
                 differs = sorted(k for k in there if there[k] != here[k]) if there and here else "exists in one only"
                 raise FeedError(f"{path!r} differs ({differs}): on disk {there}, by the feed {here}")
@@ -207,11 +217,6 @@ class Consumer:
             check(len({self.names[p] for p in names}) == 1, f"one object on disk, several by the feed: {names}")
 
 
-def _plain(attributes: dict | None) -> dict | None:
-    """Without what may change with no change of its own: where a file's blocks are counted late (delayed allocation)."""
-    return None if attributes is None else {k: v for k, v in attributes.items() if k not in ("blocks", "xattrs")}
-
-
 def _but_system(entry: dict | None) -> dict | None:
     """The root without what the system directory does to it."""
-    return None if entry is None else {k: entry[k] for k in ("type", "mode", "uid", "gid", "mtime_ns", "ino")}
+    return None if entry is None else {k: entry[k] for k in ("type", "mode", "uid", "gid", "mtime_ns", "ino", "xattrs")}

@@ -36,6 +36,11 @@ class Feed:
 
         wait_until(there, f"seq {seq} arrives", 15)
 
+    def take_baseline(self):
+        head = wait_until(lambda: self.snapfeed.partition()["head"], "the first snapshot")
+        self.until(self.snapfeed.partition()["epoch"], head)
+        self.consumer.compare(self.part.path)
+
     def after(self, action) -> list[dict]:
         """The changes of a snapshot taken after `action`."""
         self.take()
@@ -56,7 +61,7 @@ def feed(part, tmp_path):
     with mosquitto(tmp_path) as broker, collector(broker, "snapfeed/#") as seen:
         with daemon(tmp_path, part.path, broker=broker.url) as snapfeed:
             made = Feed(part, snapfeed, seen)
-            made.after(lambda: None)
+            made.take_baseline()
             yield made
 
 

@@ -10,8 +10,8 @@ import stat
 
 
 def opened(path, mode):
-    """open(), but a FIFO in the way is an error, not a wait."""
-    return open(path, mode, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
+    """open(), but a FIFO in the way is an error, not a wait, and a symbolic link an error, not a way out."""
+    return open(path, mode, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644))
 
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -59,8 +59,8 @@ class Worker:
         self.log.append(f"{kind[1]} {target!r} {fresh!r}")
         try:
             getattr(self, kind[1])(target, fresh, anything)
-        except OSError as error:
-            self.log[-1] += f" -> {error.strerror}"
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            self.log[-1] += f" -> {error}"
 
     def data(self, most=20_000):
         return self.random.randbytes(self.random.randrange(1, most))
@@ -73,7 +73,7 @@ class Worker:
         os.mkdir(fresh)
 
     def symlink(self, _target, fresh, _):
-        os.symlink(self.random.choice([b"/etc/passwd", b"..", b"a", b"\xff\n"]), fresh)
+        os.symlink(self.random.choice([b"/nonexistent/outside", b"..", b"a", b"\xff\n"]), fresh)
 
     def special(self, _target, fresh, _):
         kind = self.random.choice(["fifo", "socket", "char", "block"] if self.devices else ["fifo", "socket"])
@@ -124,10 +124,11 @@ class Worker:
             file.write(self.data(5000))
 
     def truncate(self, target, _fresh, _):
-        os.truncate(target, self.random.randrange(0, 40_000))
+        with opened(target, "r+b") as file:
+            file.truncate(self.random.randrange(0, 40_000))
 
     def punch(self, target, _fresh, _):
-        fd = os.open(target, os.O_RDWR)
+        fd = os.open(target, os.O_RDWR | os.O_NOFOLLOW)
         try:
             start = ctypes.c_long(self.random.randrange(0, 5) * 4096)
             if libc.fallocate(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, start, ctypes.c_long(4096)):

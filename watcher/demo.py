@@ -1,4 +1,4 @@
-"""`make demo`: the main job on real partitions, for a person to see. It ends by itself, cleans up, and fails if what came is wrong."""
+"""`make demo`: the main job on real partitions, for a person to see. It ends by itself, cleans up, and fails if that was wrong."""
 
 import asyncio
 import contextlib
@@ -299,8 +299,7 @@ def unpack(path: str) -> None:
     if not os.path.exists(archive):
         with tarfile.open(archive, "w") as tar:
             tar.add(source, "source", filter=wanted)
-    with tarfile.open(archive) as tar:
-        tar.extractall(path, filter="tar")
+    run("tar", "-xf", archive, "-C", path)
 
 
 def build(path: str) -> None:

@@ -34,7 +34,7 @@ class Meter(Protocol):
 
     @property
     def waiting(self) -> int:
-        """How many bytes of the last reading are still in memory, on their way to the device."""
+        """How many bytes of the last reading are in memory still, and came after the snapshot, which flushes (btrfs)."""
 
 
 class XfsMeter:
@@ -75,8 +75,8 @@ class Ext4Meter:
 
     def read(self) -> int:
         written = self._sum.at("", _number(_text(self._path + "session_write_kbytes"), 0) * 1024)
-        self.waiting = _number(_text(self._path + "delayed_allocation_blocks"), 0) * self._block_size
-        return self._pending.on_top_of(written, self.waiting)
+        delayed = _number(_text(self._path + "delayed_allocation_blocks"), 0) * self._block_size
+        return self._pending.on_top_of(written, delayed)
 
 
 class BtrfsMeter:
