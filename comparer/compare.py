@@ -245,13 +245,10 @@ class _Comparison:
             self._vacate(obj, source)
             self._occupy(obj, name)
             assert obj.before is not None and obj.after is not None  # noqa: S101, PT018 - only survivors have sources
-            before, content = obj.after, None
-            changed: tuple[str, ...] = ()
-            if not obj.reported:
-                content = self._content(obj)
-                before, changed = obj.before, differences(obj.before, obj.after, content)
+            content = None if obj.reported else self._content(obj)
+            changed = () if obj.reported else differences(obj.before, obj.after, content)
             obj.reported = True
-            return Change(Op.RENAME, obj.ident, obj.type, path, from_path, changed, before, obj.after, content)
+            return Change(Op.RENAME, obj.ident, obj.type, path, from_path, changed, obj.before, obj.after, content)
         if not obj.names:
             self._occupy(obj, name)
             obj.reported = True
@@ -274,8 +271,8 @@ class _Comparison:
         for target, source in obj.sources.items():
             if source == name:
                 obj.sources[target] = spare
-        attr = obj.after or obj.before  # what changed is said by the rename to its place; none of it is taken back here
-        return Change(Op.RENAME, obj.ident, obj.type, path, from_path, (), attr, attr)
+        # what changed is said by the rename to its place; what was told before is not taken back here
+        return Change(Op.RENAME, obj.ident, obj.type, path, from_path, (), obj.before, obj.after or obj.before)
 
     def _modifications(self) -> Iterator[Change]:
         stayed = [o for o in self.objects.values() if o.before and o.after and not o.reported]

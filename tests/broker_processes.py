@@ -214,15 +214,29 @@ class Collector:
     file: Path
     token: str
     process: subprocess.Popen
+    read: int = 0
 
     def messages(self, topic: str | None = None) -> list[Message]:
         """All messages, or those of one topic."""
+        return self._parsed(self.file.read_bytes(), topic)
+
+    @staticmethod
+    def _parsed(text: bytes, topic: str | None) -> list[Message]:
         found = []
-        for line in self.file.read_bytes().split(b"\n")[:-1]:  # the last is empty, or half written
+        for line in text.split(b"\n")[:-1]:  # the last is empty, or half written
             name, retained, payload = line.rsplit(b" ", 2)
             if not name.startswith(b"ready/") and topic in {None, name.decode()}:
                 found.append(Message(name.decode(), retained == b"1", bytes.fromhex(payload.decode())))
         return found
+
+    def new(self) -> list[Message]:
+        """Those that have come since the last call of this."""
+        with self.file.open("rb") as file:
+            file.seek(self.read)
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        self.read += whole
+        return self._parsed(text[:whole], None)
 
     def subscribed(self) -> bool:
         """Whether what is published now would arrive: publishes a probe, so poll it."""

@@ -334,16 +334,12 @@ def test_nobody_comes_in_without_tls_login_or_certificate(clients):
 @pytest.mark.parametrize("login", ["password", "certificate"])
 def test_the_daemons_publisher_works_with_it(clients, login):
     """Last will, status, state, commands and answers, also those to a response topic."""
-    ca_file = f"{clients.directory}/ca.pem"
+    ca_file, port = f"{clients.directory}/ca.pem", getattr(clients, f"{login}s")
     if login == "password":
-        url = f"mqtts://localhost:{clients.passwords}"
-        config = BrokerConfig(url, "edge7", "secret of edge7", ca_file=ca_file, host="edge7")
+        who = {"username": "edge7", "password": "secret of edge7"}
     else:
-        url, files = (
-            f"mqtts://localhost:{clients.certificates}",
-            (f"{clients.directory}/client.{x}" for x in ("pem", "key")),
-        )
-        config = BrokerConfig(url, None, None, ca_file, *files, host="edge7")
+        who = {"cert_file": f"{clients.directory}/client.pem", "key_file": f"{clients.directory}/client.key"}
+    config = BrokerConfig(f"mqtts://localhost:{port}", ca_file=ca_file, host="edge7", **who)
 
     async def handler(request):
         return answer(orjson.loads(request.payload)["id"], data="done")
