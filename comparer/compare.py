@@ -4,8 +4,8 @@ The order makes every step possible on a real directory tree:
 
 1. names that go and nothing waits for: files first, then directories that nobody leaves, deepest first;
 2. placements (create, rename, link) from the top of the new tree down, so that a parent is where it belongs before anything
-   is put into it, which also keeps a directory from being moved below itself; whoever sits on a wanted name is moved on first, or,
-   where that goes in a circle, to a temporary name;
+   is put into it, which also keeps a directory from being moved below itself; whoever sits on a wanted name is moved on
+   first, or, where that goes in a circle, to a temporary name;
 3. directories that had to wait until something had left them, deepest first;
 4. attributes of what stayed: files, then directories, deepest first.
 """
@@ -206,7 +206,7 @@ class _Comparison:
             self.settled.add(directory)
 
     def _place(self, name: Name) -> Iterator[Change]:
-        """Give `name` its object. Whoever sits there is moved on first: a chain of renames from its far end, a circle by a detour."""
+        """Give `name` its object. Whoever sits there is moved on first: a chain from its far end, a circle by a detour."""
         chain = [name]
         while chain:
             target = chain[-1]

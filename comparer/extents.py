@@ -12,7 +12,8 @@ from .model import ByteRanges, Quality, Range
 
 class Extent(NamedTuple):
     """A run of a file: `logical` and `length` in bytes; `physical` None if its place says nothing (inline, encoded,
-    delayed, unknown); `unwritten` reads as zeros. Holes have no extent."""
+    delayed, unknown); `unwritten` reads as zeros. Holes have no extent.
+    """
 
     logical: int
     length: int
@@ -100,9 +101,7 @@ def _overlay(
         while now is not None and now.logical + now.length <= at:
             now = next(news, None)
         borders = [limit]
-        for extent in (was, now):
-            if extent is not None:
-                borders.append(extent.logical if extent.logical > at else extent.logical + extent.length)
+        borders += [e.logical if e.logical > at else e.logical + e.length for e in (was, now) if e is not None]
         end = min(borders)
         inside_old = was if was is not None and was.logical <= at else None
         inside_new = now if now is not None and now.logical <= at else None

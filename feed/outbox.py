@@ -38,8 +38,8 @@ class Outbox(Protocol):
     async def fetch(self, after: Position | None, limit: int, count: int) -> list[OutPage]:
         """At most `count` next pages after `after` (None: after the acknowledged position), none larger than `limit` bytes.
 
-        Empty when there is nothing. Raises TransientError while the partition cannot be read (unmounted, I/O error); the publisher
-        then waits for `ready`.
+        Empty when there is nothing. Raises TransientError while the partition cannot be read (unmounted, I/O error);
+        the publisher then waits for `ready`.
         """
 
     async def acknowledge(self, position: Position) -> None:

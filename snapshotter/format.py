@@ -23,9 +23,13 @@ def check_device(device: str) -> str:
     try:
         found = os.stat(real)
     except OSError as error:
-        raise OperatorError(f"{device}: {error.strerror}; give the path of a block device, such as /dev/sdb1") from error
+        raise OperatorError(
+            f"{device}: {error.strerror}; give the path of a block device, such as /dev/sdb1"
+        ) from error
     if not stat.S_ISBLK(found.st_mode):
-        raise OperatorError(f"{device} is not a block device; give one such as /dev/sdb1 (for an image file: losetup first)")
+        raise OperatorError(
+            f"{device} is not a block device; give one such as /dev/sdb1 (for an image file: losetup first)"
+        )
     where = mounted_at(real, found.st_rdev)
     if where is not None:
         raise OperatorError(f"{device} is mounted at {where}: a mounted device is never formatted; unmount it first")
@@ -51,10 +55,16 @@ def contents(real: str) -> str | None:
     """What a device holds, for people; None if it is blank as far as one can tell. Raises OperatorError."""
     try:
         done = subprocess.run(
-            ["blkid", "--probe", "--output", "export", real], capture_output=True, check=False, text=True, errors="replace"
+            ["blkid", "--probe", "--output", "export", real],
+            capture_output=True,
+            check=False,
+            text=True,
+            errors="replace",
         )
     except FileNotFoundError as error:
-        raise OperatorError("blkid is missing, so it cannot be told what is on the device; install util-linux") from error
+        raise OperatorError(
+            "blkid is missing, so it cannot be told what is on the device; install util-linux"
+        ) from error
     if done.returncode == 2:  # nothing found, as blkid(8) says
         return None
     if done.returncode == 0:
@@ -76,7 +86,11 @@ def check_tools(fs: str, label: str | None) -> None:
 def make(real: str, fs: str, label: str | None) -> None:
     """Run mkfs. Raises OperatorError with what it said."""
     done = subprocess.run(
-        [*MKFS[fs], *(["-L", label] if label else []), real], capture_output=True, check=False, text=True, errors="replace"
+        [*MKFS[fs], *(["-L", label] if label else []), real],
+        capture_output=True,
+        check=False,
+        text=True,
+        errors="replace",
     )
     if done.returncode:
         raise OperatorError(f"{MKFS[fs][0]} failed on {real}: {done.stderr.strip()}")
@@ -88,7 +102,9 @@ def mount(real: str, fs: str, directory: str) -> None:
         os.makedirs(directory, exist_ok=True)
     except OSError as error:
         raise OperatorError(f"--mount: {directory}: {error.strerror}") from error
-    done = subprocess.run(["mount", "-t", fs, real, directory], capture_output=True, check=False, text=True, errors="replace")
+    done = subprocess.run(
+        ["mount", "-t", fs, real, directory], capture_output=True, check=False, text=True, errors="replace"
+    )
     if done.returncode:
         raise OperatorError(f"mount failed: {done.stderr.strip()}")
 

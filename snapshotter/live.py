@@ -84,11 +84,16 @@ class LiveTree:
     def _by_handle(self, ident: Ident, flags: int) -> int | None:
         assert self.codec is not None  # noqa: S101 - asked only where there are handles
         try:
-            return open_by_handle_at(self.root_fd, self.codec.encode(ident), flags)
+            fd = open_by_handle_at(self.root_fd, self.codec.encode(ident), flags)
         except OSError as error:
             if error.errno in _GONE:
                 return None
             raise
+        # to ext4 generation 0 (what mkfs made) means any: whoever has the inode number now is opened
+        if ident.gen == 0 and self.identify(fd)[0] != ident:
+            os.close(fd)
+            return None
+        return fd
 
     def _by_path(self, ident: Ident, components: list[bytes] | None) -> int | None:
         if components is None:

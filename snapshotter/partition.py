@@ -58,7 +58,7 @@ def mount_holding(path: bytes) -> Mount:
 
 
 def partition_at(path: str | bytes, *, directory: bool = False) -> Partition:
-    """What is mounted at `path`. Raises OperatorError, naming the remedy, if nothing is; with `directory`, takes any directory."""
+    """What is mounted at `path`; with `directory`, any directory. Raises OperatorError, naming the remedy."""
     shown = os.fsdecode(path)
     try:
         real = os.path.realpath(os.fsencode(path), strict=True)

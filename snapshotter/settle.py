@@ -1,7 +1,7 @@
-"""From what was seen, at slightly different times, to a tree: every object has a name, every directory one, all hang on the root.
+"""From what was seen, at slightly different times, to a tree: every object has a name, every directory one, all below the root.
 
-Where nobody wrote meanwhile there is nothing to mend. Else an object that was seen in motion keeps its old place, which existed, or
-is left out until it is seen somewhere; both are to be looked at again.
+Where nobody wrote meanwhile there is nothing to mend. Else an object that was seen in motion keeps its old place, which
+existed, or is left out until it is seen somewhere; both are to be looked at again.
 """
 
 from collections import defaultdict

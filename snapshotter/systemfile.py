@@ -119,7 +119,7 @@ class SystemFile:
                 version = opened.db.execute("PRAGMA user_version").fetchone()[0]
                 if version > VERSION:
                     raise OperatorError(
-                        f"{os.fsdecode(path)!r} has schema version {version}, this snapfeed knows up to {VERSION}: update snapfeed"
+                        f"{os.fsdecode(path)!r} has schema version {version}, known here is up to {VERSION}: update snapfeed"
                     )
                 if version < 1:
                     raise DamageError(f"{os.fsdecode(path)!r}: not a snapfeed system file")
@@ -273,7 +273,7 @@ class SystemFile:
         with self.transaction():
             self.db.execute("DELETE FROM page WHERE seq = ?", (seq,))
             number = 0
-            for number, (count, body) in enumerate(pages, 1):  # noqa: B007 - the last number is the count
+            for number, (count, body) in enumerate(pages, 1):
                 self.add_page(seq, number, count, body)
             self.db.execute("UPDATE diff SET pages = ?, page_limit = ? WHERE seq = ?", (number, page_limit, seq))
 

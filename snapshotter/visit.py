@@ -1,7 +1,7 @@
 """A short visit to a partition: its root through a private mount, its system file, the view of what is there now.
 
-The root is opened through a detached clone of the mount where that is permitted: what others mount on top of the partition does not
-hide it from us, and our being there does not make its mount busy. The system file is opened by its path for as long as the visit
+The root is opened through a detached clone of the mount where that is permitted: what others mount on top of the partition
+does not hide it from us, and our being there does not make its mount busy. The system file is opened by its path for as long as the visit
 lasts; visits are short.
 """
 
@@ -39,7 +39,7 @@ class Abilities(NamedTuple):
 
 
 def open_root(stack: contextlib.ExitStack, path: bytes, *, private: bool = True) -> tuple[int, bool]:
-    """A descriptor of a mount's root, open for reading until `stack` ends, and whether the mount is a private one. Raises OSError."""
+    """A descriptor of a mount's root, open until `stack` ends, and whether the mount is a private one. Raises OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if private:
         try:

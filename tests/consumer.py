@@ -189,7 +189,7 @@ class Consumer:
     def _described(self, ident: str) -> dict:
         thing = self.things[ident]
         after = thing.after
-        found = {"type": thing.type, "target": thing.target, "rdev": None, "ino": int(ident.split(".")[0])}
+        found = {"type": thing.type, "target": thing.target, "rdev": None, "ino": int(ident.split(".", maxsplit=1)[0])}
         found |= {key: after[key] for key in ("mode", "uid", "gid", "nlink")}
         found |= {key: int(after[key]) for key in ("size", "mtime_ns", "ctime_ns")}
         found["xattrs"] = {key: base64.b64decode(value) for key, value in after.get("xattrs", {}).items()}

@@ -12,6 +12,9 @@ from comparer.compare import baseline, compare
 from comparer.model import FileType, Ident, Name, Op
 
 NAMES = [b"a", b"b", b"c", b"d"]
+EXAMPLES = int(os.environ.get("SNAPFEED_EXAMPLES", "600"))
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+KINDS = ["file", "dir", "symlink", "link", "remove", "rename", "rename", "exchange", "attr", "reuse"]
 
 
 @st.composite
@@ -20,7 +23,11 @@ def operated(draw, tree: Tree, least: int, most: int):
     for _ in range(draw(st.integers(least, most))):
         files = [n for n, i in tree.entries.items() if tree.objects[i].type is not FileType.DIR]
         names = sorted(tree.entries)
-        kind = draw(st.sampled_from(["file", "dir", "symlink", "link", "remove", "rename", "rename", "exchange", "attr", "reuse"]))
+        kind = draw(
+            st.sampled_from(
+                ["file", "dir", "symlink", "link", "remove", "rename", "rename", "exchange", "attr", "reuse"]
+            )
+        )
         parent = draw(st.sampled_from(sorted(tree.dirs())))
         target = Name(parent, draw(st.sampled_from(NAMES)))
         if kind in ("file", "dir", "symlink"):
@@ -53,7 +60,9 @@ def operated(draw, tree: Tree, least: int, most: int):
             tree.remove(name)
             if old not in tree.objects:
                 new = Ident(old.ino, old.gen + 1)
-                tree.objects[new] = replace(tree.objects[ROOT], type=draw(st.sampled_from([FileType.FILE, FileType.SYMLINK])))
+                tree.objects[new] = replace(
+                    tree.objects[ROOT], type=draw(st.sampled_from([FileType.FILE, FileType.SYMLINK]))
+                )
                 tree.entries[name] = new
 
 
@@ -75,7 +84,11 @@ def replay(old: Tree, new: Tree):
     return changes
 
 
-@settings(max_examples=int(os.environ.get("N","600")), deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=int(os.environ.get("SNAPFEED_EXAMPLES", "600")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(pairs())
 def test_replaying_the_changes_gives_the_new_state(pair):
     old, new = pair
@@ -88,7 +101,7 @@ def test_replaying_the_changes_gives_the_new_state(pair):
     assert len(told) == len(set(told))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, deadline=None, suppress_health_check=SLOW)
 @given(pairs())
 def test_a_baseline_into_nothing_gives_the_state(pair):
     _, tree = pair

@@ -48,6 +48,19 @@ class Scene:
         self.real = RealDirectory(stack.enter_context(tmpfs(real)))
         self.daemon = stack.enter_context(daemon(directory, self.top, broker=broker.url))
         self.consumer = Consumer()
+        self.broken: BaseException | None = None  # what went wrong first: all that follows is its consequence
+
+    def exact(self, answer: dict) -> None:
+        """The consumer catches up with a snapshot, and holds what a walk finds."""
+        if self.broken is not None:
+            raise self.broken
+        try:
+            self.catch_up(answer["epoch"], answer["seq"])
+            self.consumer.compare(self.top)
+            assert comparable(walk(self.real.top)) == comparable(walk(self.top))
+        except BaseException as error:
+            self.broken = error
+            raise
 
     def catch_up(self, epoch: str, seq: int) -> None:
         """Take what has arrived until the head is there."""
@@ -61,10 +74,6 @@ class Scene:
             return self.consumer.head == (epoch, seq)
 
         wait_until(arrived, f"diff {seq} arrives")
-
-    def judge(self) -> None:
-        self.consumer.compare(self.top)
-        assert comparable(walk(self.real.top)) == comparable(walk(self.top))
 
 
 class Exact(RuleBasedStateMachine):
@@ -92,17 +101,14 @@ class Exact(RuleBasedStateMachine):
     @rule()
     def snapshot(self):
         self.ensure()
-        answer = self.scene.daemon.snapshot()
-        self.scene.catch_up(answer["epoch"], answer["seq"])
-        self.scene.judge()
+        self.scene.exact(self.scene.daemon.snapshot())
 
     @rule(steps=st.integers(0, 15))
     def reconcile(self, steps):
         self.ensure()
         self.work(steps)
         (answer,) = self.scene.daemon.ask("reconcile", partition=str(self.scene.top))
-        self.scene.catch_up(answer["epoch"], answer["seq"])
-        self.scene.judge()
+        self.scene.exact(answer)
 
     @rule(steps=st.integers(0, 15))
     def stop_and_start(self, steps):

@@ -1,5 +1,7 @@
 """Extent maps to byte ranges, against a model that holds the bytes."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +34,10 @@ def test_a_consumer_that_copies_only_the_ranges_has_the_new_file(old, new):
     old_places = {(e.logical, e.physical) for e in old[0] if not e.unwritten}
     content = bytearray(new[2])
     for extent in new[0]:
-        if (extent.logical, extent.physical) in old_places:  # a shared block was not written: behind the old end are zeros
+        if (
+            extent.logical,
+            extent.physical,
+        ) in old_places:  # a shared block was not written: behind the old end are zeros
             for at in range(max(old[1], extent.logical), min(new[1], extent.logical + BLOCK)):
                 content[at] = 0
     new = (new[0], new[1], bytes(content))
@@ -48,7 +53,7 @@ def test_a_consumer_that_copies_only_the_ranges_has_the_new_file(old, new):
         copy[offset : offset + length] = new[2][offset : offset + length]
     assert bytes(copy[: new[1]]) == new[2]
     for ranges in (found.written, found.cleared):
-        assert all(a.offset + a.length < b.offset for a, b in zip(ranges, ranges[1:], strict=False)), ranges
+        assert all(a.offset + a.length < b.offset for a, b in itertools.pairwise(ranges)), ranges
 
 
 @given(files())

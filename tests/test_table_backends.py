@@ -48,7 +48,9 @@ class Engine:
                     self.replica.idents[b""] = tree.root
                 else:
                     changes = list(compare(capture.old, capture.new, capture.touched, capture.ranges))
-                contents = {c.path: (c.ident, capture.content(c.ident, c.path)) for c in changes if c.after and c.type == "file"}
+                contents = {
+                    c.path: (c.ident, capture.content(c.ident, c.path)) for c in changes if c.after and c.type == "file"
+                }
                 backend.commit(capture)
                 row = SnapshotRow(seq, 0, "command", 0, len(changes), "metadata", None)
                 file.add(row, DiffRow(seq, head, 0, "command", 0, "metadata", None, len(changes), 0, 1 << 17))
@@ -83,7 +85,12 @@ class Engine:
 
 
 def engines():
-    return [("xfs", "ficlone", True), ("ext4", "metadata", True), ("ext4", "metadata", False), ("tmpfs", "metadata", True)]
+    return [
+        ("xfs", "ficlone", True),
+        ("ext4", "metadata", True),
+        ("ext4", "metadata", False),
+        ("tmpfs", "metadata", True),
+    ]
 
 
 @pytest.mark.kernel
@@ -126,3 +133,23 @@ def test_a_look_at_every_object_and_name_is_enough_without_a_walk(xfs):
         dirty.written = set(dirty.objects)
         engine.snapshot(dirty)
         engine.check()
+
+
+@pytest.mark.kernel
+def test_what_mkfs_made_is_not_taken_for_who_has_its_inode_number_now(ext4):
+    """ext4 opens a handle of generation 0 as whatever has the inode number: lost+found, removed and its number reused."""
+    top = os.fsencode(ext4.path)
+    engine = Engine(top, "metadata")
+    engine.snapshot(Dirty())
+    old, _ = engine.replica.state()[b"lost+found"]
+    assert old.gen == 0
+    os.rmdir(top + b"/lost+found")
+    for number in range(20):
+        with open(top + b"/new%d" % number, "wb"):
+            pass
+    assert old.ino in {e["ino"] for e in walk(top).values()}
+    root = next(ident for path, (ident, _) in engine.replica.state().items() if path == b"")
+    names = {Name(root, b"lost+found"), *(Name(root, b"new%d" % n) for n in range(20))}
+    changes = engine.snapshot(Dirty(objects={old, root}, names=names))
+    engine.check()
+    assert [c.ident for c in changes if c.op == "delete"] == [old]

@@ -141,4 +141,4 @@ def _find(name: str) -> Partition:
         if is_adopted(partition.path):
             return partition
         raise OperatorError(f"{name} is not adopted; run `snapfeed init {name}`")
-    raise OperatorError(f"no daemon runs, so {ascii(name)} cannot be looked up by name; give a mount point or UUID")
+    raise OperatorError(f"no daemon runs, so {name!a} cannot be looked up by name; give a mount point or UUID")

@@ -1,4 +1,4 @@
-"""The configuration file: TOML, every key checked; an unknown key or a wrong value is an error that says where and what is allowed."""
+"""The configuration file: TOML, every key checked; what is wrong is an error that says where, and what is allowed."""
 
 import os
 import tomllib

@@ -1,4 +1,4 @@
-"""`make demo`: the main job on real partitions, for a person to see. It ends by itself, cleans up, and fails if that was wrong."""
+"""`make demo`: the main job on real partitions, for a person to see; ends by itself, cleans up, fails if something is wrong."""
 
 import asyncio
 import contextlib
@@ -108,7 +108,9 @@ class Demo:
         config = os.path.join(self.directory, "snapfeed.toml")
         with open(config, "w", encoding="utf-8") as file:
             file.write(f'[control]\nsocket = "{self.socket}"\n')
-            file.writelines(f'[[partition]]\nmount = "{path}"\nname = "{name}"\n' for name, path in self.partitions.items())
+            file.writelines(
+                f'[[partition]]\nmount = "{path}"\nname = "{name}"\n' for name, path in self.partitions.items()
+            )
         command = ["run", "--config", config]
         say(f"$ snapfeed {' '.join(command)}")
         with open(self.log, "wb") as log:

@@ -31,7 +31,6 @@ class Meter(Protocol):
     def immediate(self) -> bool:
         """True if a write counts at once (XFS statistics), False if at writeback (block devices)."""
 
-
     @property
     def waiting(self) -> int:
         """How many bytes of the last reading are in memory still, and came after the snapshot, which flushes (btrfs)."""
@@ -57,7 +56,7 @@ class XfsMeter:
 
 
 class Ext4Meter:
-    """/sys/fs/ext4/DEV: session_write_kbytes, what the device wrote since the mount, and delayed_allocation_blocks, still in memory.
+    """/sys/fs/ext4/DEV: session_write_kbytes, written since the mount, and delayed_allocation_blocks, still in memory.
 
     `device`: the kernel's name; `block_size`: bytes.
     """
@@ -163,7 +162,7 @@ class _Rising:
 
 
 class _Pending:
-    """What is written and what is still to be written: the sum dips while data is on its way to the device, the total does not."""
+    """What is written and what is still to be: the sum dips while data is on its way to the device, the total does not."""
 
     def __init__(self) -> None:
         self._total = 0

@@ -1,4 +1,4 @@
-"""The journal as the publisher sees it: pages read from the system file, the cursor written back, both in the partition's thread."""
+"""The journal as the publisher sees it: pages from the system file, the cursor written back, in the partition's thread."""
 
 import asyncio
 import contextlib

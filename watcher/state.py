@@ -20,7 +20,7 @@ class Last:
 
 @dataclass(slots=True)
 class State:
-    """`state`: starting, watching, scanning (no events: looks by comparing everything), unmounted, failed; `reason` for the last two."""
+    """`state`: starting, watching, scanning (no events: compares everything), unmounted, failed; `reason` for the last two."""
 
     name: str
     mount: str

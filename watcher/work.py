@@ -50,7 +50,7 @@ class Done:
 
 
 def thread_io() -> tuple[int, int]:
-    """(bytes read, bytes written) by this thread through system calls so far: /proc/thread-self/io; (0, 0) where there is none."""
+    """(bytes read, bytes written) by this thread so far: /proc/thread-self/io; (0, 0) where there is none."""
     try:
         with open("/proc/thread-self/io", encoding="ascii") as file:
             fields = dict(line.split(": ") for line in file.read().splitlines())

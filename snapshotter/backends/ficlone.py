@@ -1,6 +1,6 @@
 """Snapshots by reflink: one immutable clone for each file whose content changed (XFS and others with FICLONE).
 
-`.snapfeed/clones/<seq>/<inode>.<generation>`: the content of a file as of snapshot `seq`, and of every later one until it changes.
+`.snapfeed/clones/<seq>/<inode>.<generation>`: the content of a file as of snapshot `seq`, and of later ones until it changes.
 One directory for each snapshot, so that what an unfinished one left behind is found by its number. The table says, for each file,
 which clone holds its content; `spent_clone` when a clone that was replaced may go.
 """
@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Iterable
 from comparer.dirty import Dirty
 from comparer.extents import changed_ranges
 from comparer.model import UNKNOWN_RANGES, Attr, ByteRanges, FileType, Ident, Quality
-
 from snapshotter.linux.fiemap import extent_count, extents, ficlone
 from snapshotter.linux.inode_flags import set_immutable
 from snapshotter.live import LiveTree
 from snapshotter.look import Outcome
 from snapshotter.scan import Progress
 from snapshotter.table import Overlay, Table
+
 from .base import SYSTEM_DIR, Capture
 from .metadata import MetadataBackend, content_may_differ, no_progress
 

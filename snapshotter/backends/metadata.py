@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Iterable
 
 from comparer.dirty import Dirty
 from comparer.model import UNKNOWN_RANGES, Attr, ByteRanges, FileType, Ident, Name
-
 from snapshotter.live import LiveTree
 from snapshotter.look import Look, Outcome
 from snapshotter.scan import Progress, differences, fill
 from snapshotter.table import Overlay, Table
+
 from .base import Capture
 
 # Two ticks of the slowest kernel (100 Hz): what changed this shortly before it was looked at may change again unseen.
