@@ -1,8 +1,8 @@
 """A short visit to a partition: its root through a private mount, its system file, the view of what is there now.
 
 The root is opened through a detached clone of the mount where that is permitted: what others mount on top of the partition
-does not hide it from us, and our being there does not make its mount busy. The system file is opened by its path for as long as the visit
-lasts; visits are short.
+does not hide it from us, and our being there does not make its mount busy. The system file is opened by its path for as long
+as the visit lasts; visits are short.
 """
 
 import contextlib
