@@ -83,12 +83,17 @@ class LiveTree:
 
     def _by_handle(self, ident: Ident, flags: int) -> int | None:
         assert self.codec is not None  # noqa: S101 - asked only where there are handles
-        try:
-            fd = open_by_handle_at(self.root_fd, self.codec.encode(ident), flags)
-        except OSError as error:
-            if error.errno in _GONE:
-                return None
-            raise
+        handle = self.codec.encode(ident)
+        for attempt in range(_TRIES, -1, -1):
+            try:
+                fd = open_by_handle_at(self.root_fd, handle, flags)
+                break
+            except OSError as error:
+                if error.errno in _GONE:
+                    return None
+                # the kernel's answer also where a directory is renamed while it looks for the way up (fs/exportfs/expfs.c)
+                if error.errno != errno.ENOMEM or not attempt:
+                    raise
         # to ext4 generation 0 (what mkfs made) means any: whoever has the inode number now is opened
         if ident.gen == 0 and self.identify(fd)[0] != ident:
             os.close(fd)

@@ -37,6 +37,7 @@ class Look:
         self._objects: set[Ident] = set()
         self._places: dict[Ident, Name] = {}  # where a directory was last seen
         self._missing: dict[Ident, set[Name]] = {}  # by directory: names found to be nothing
+        self._holders: dict[int, Ident] = {}  # by inode number: who was last seen alive with it
 
     def run(self, dirty: Dirty, more: Callable[[], Dirty]) -> Outcome:
         """Look at all of `dirty`, then at what has moved since, until it is quiet or it has been enough.
@@ -97,6 +98,20 @@ class Look:
             self.attrs[ident] = attr = self.tree.look_at(ident)
             if attr is None:
                 self._gone(ident)
+            else:
+                self._supersedes(ident)
+
+    def _supersedes(self, ident: Ident) -> None:
+        """Whoever had this inode number before is gone, whether an event told so or not."""
+        earlier = self._holders.get(ident.ino)
+        self._holders[ident.ino] = ident
+        if earlier is not None and earlier != ident:
+            self.attrs[earlier] = None
+            self._gone(earlier)
+        before = self.old.current(ident.ino)
+        if before is not None and before != ident and before not in self.attrs:
+            self.attrs[before] = None
+            self._gone(before)
 
     def _gone(self, ident: Ident) -> None:
         """Where an object had names, look what is there now; and at everything a directory held."""
@@ -122,6 +137,7 @@ class Look:
             self._missing.setdefault(name.parent, set()).add(name)
         else:
             self.attrs[found.ident] = found.attr
+            self._supersedes(found.ident)
             if found.attr.type is FileType.DIR:
                 self._places[found.ident] = name
                 if self.old.attr(found.ident) is None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from comparer.dirty import Dirty
-from comparer.errors import TransientError
 from comparer.model import Attr, FileType, Ident, Name
 
 from .table import Overlay, Table
@@ -67,11 +66,16 @@ class _Settling:
     # ---- the steps
 
     def drop_vanished(self) -> None:
-        """An object that went after its name was seen."""
+        """An object that went after its name was seen, or before it."""
         for name, ident in list(self.entries.items()):
             if ident is not None and self.attr(ident) is None:
                 self.point(name, None)
                 self.again.names.add(name)
+        for ident, attr in list(self.attrs.items()):
+            if attr is None:
+                for name in [n for n in self.old.names(ident) if n not in self.entries]:
+                    self.point(name, None)
+                    self.again.names.add(name)
 
     def one_place_each(self, places: dict[Ident, Name]) -> None:
         """A directory seen under two names moved between the looks: the later one is where it is."""
@@ -120,25 +124,52 @@ class _Settling:
                     burials.append(child)
 
     def detach_unreachable(self) -> None:
-        """What hangs in a directory that is not in the state goes. Raises TransientError for a circle, which no tree has."""
+        """What hangs in a directory that is not in the state goes. Circles, which no tree has, are cut open."""
         attached: set[Ident] = {self.old.root}
-        for name, ident in list(self.entries.items()):
-            if self.entries[name] is None or ident is None:
-                continue
-            chain: list[Ident] = []
-            directory: Ident | None = name.parent
-            while directory is not None and directory not in attached:
-                if directory in chain:
-                    raise TransientError("directories moved in a circle while they were looked at")
-                chain.append(directory)
-                place = next(self.names(directory), None) if self.attr(directory) is not None else None
-                directory = place.parent if place is not None else None
-            if directory is not None:
-                attached.update(chain)
-                continue
+        for name in list(self.entries):
+            while (ident := self.entries[name]) is not None:
+                chain = self.upwards(name.parent, attached)
+                if chain[-1] in attached:
+                    attached.update(chain)
+                    break
+                if chain[-1] in chain[:-1]:
+                    self.cut(chain[chain.index(chain[-1]) : -1])
+                    continue
+                self.point(name, None)
+                if next(self.names(ident), None) is None:
+                    self.bury(ident)
+
+    def upwards(self, directory: Ident, attached: set[Ident]) -> list[Ident]:
+        """The directories from `directory` up to one that is attached, that is nowhere, or that is in the list already."""
+        chain = [directory]
+        while directory not in attached:
+            place = next(self.names(directory), None) if self.attr(directory) is not None else None
+            if place is None:
+                break
+            directory = place.parent
+            if directory in chain:
+                return [*chain, directory]
+            chain.append(directory)
+        return chain
+
+    def cut(self, circle: list[Ident]) -> None:
+        """Directories seen inside each other moved between the looks: one goes back to its old place, or is left out for now."""
+        for directory in circle:
+            old = [n for n in self.old.names(directory) if self.entries.get(n) is None and n.parent not in circle]
+            home = next((n for n in old if self.alive(n.parent)), None)
+            if home is not None:
+                break
+        else:
+            directory, home = circle[0], None
+        for name in list(self.names(directory)):
             self.point(name, None)
-            if next(self.names(ident), None) is None:
-                self.bury(ident)
+            self.again.names.add(name)
+        self.again.objects.add(directory)
+        if home is not None:
+            self.point(home, directory)
+            self.again.names.add(home)
+        else:
+            self.bury(directory)
 
     def touched(self) -> set[Ident]:
         found = set(self.attrs)

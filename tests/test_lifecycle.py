@@ -11,7 +11,8 @@ import threading
 import pytest
 from broker_processes import collector, free_port, mosquitto
 from consumer import Consumer
-from daemon_process import HOST, daemon, snapfeed as command
+from daemon_process import HOST, daemon
+from daemon_process import snapfeed as command
 from partitions import partition, run, wait_until
 from workload import Worker
 
@@ -93,8 +94,11 @@ def test_unmount_and_mount_again(fs, tmp_path):
         done = snapfeed.command("snapshot", uuid, check=False)
         assert done.returncode == 1
         assert "mounted" in done.stderr
-        states = [json.loads(m.payload)["state"] for m in seen.messages(f"snapfeed/{HOST}/{label}/state")]
-        wait_until(lambda: "unmounted" in states or seen.messages(f"snapfeed/{HOST}/{label}/state"), "it is published")
+
+        def states():
+            return [json.loads(m.payload)["state"] for m in seen.messages(f"snapfeed/{HOST}/{label}/state")]
+
+        wait_until(lambda: states()[-1] == "unmounted", "it is published", 10)
         (other.path / "new").write_text("x")
         answer = snapfeed.snapshot(other.path)
         assert answer["changes"] >= 1
@@ -119,9 +123,7 @@ def test_unmount_and_mount_again(fs, tmp_path):
         received.consumer.compare(part.path)
         assert sum(bool(d.get("baseline")) for d in received.consumer.diffs) == 1
         assert not [c for d in received.consumer.diffs for c in d["changes"] if c["op"] == "delete"]
-        published = [json.loads(m.payload)["state"] for m in seen.messages(f"snapfeed/{HOST}/{label}/state")]
-        assert "unmounted" in published
-        assert published[-1] == "watching"
+        wait_until(lambda: states()[-1] == "watching", "it is published", 10)
 
         part.umount()  # and nothing of ours holds it
         assert snapfeed.alive()
@@ -196,6 +198,7 @@ def test_signals(xfs, tmp_path):
             snapfeed.send(signal.SIGHUP)
             wait_until(lambda: "nonsense" in snapfeed.output(), "the log names the key", 10)
             assert snapfeed.partition()["thresholds"]["io"] == 1 << 30
+            toml.write_text(config)
 
             # a second daemon on the same socket
             second = snapfeed.command("run", "--broker", broker.url, xfs.path, check=False)
@@ -281,9 +284,7 @@ def test_a_broker_that_refuses_the_login(xfs, tmp_path):
     with mosquitto(tmp_path, users={"reader": "r", "edge7": "right"}) as broker:
         broker.options += ["-u", "reader", "-P", "r"]
         (tmp_path / "password").write_text("wrong\n")
-        config = (
-            f'[broker]\nurl = "{broker.url}"\nhost = "{HOST}"\nusername = "edge7"\npassword_file = "{tmp_path}/password"\n'
-        )
+        config = f'[broker]\nurl = "{broker.url}"\nhost = "{HOST}"\nusername = "edge7"\npassword_file = "{tmp_path}/password"\n'
         with collector(broker, "snapfeed/#") as seen, daemon(tmp_path, xfs.path, config=config) as snapfeed:
             (xfs.path / "file").write_text("x")
             answer = snapfeed.snapshot()

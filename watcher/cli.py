@@ -61,7 +61,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_broker(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--broker", metavar="URL", help="mqtt://host[:port], or mqtts:// for TLS (a login goes into the configuration)")
+    parser.add_argument(
+        "--broker", metavar="URL", help="mqtt://host[:port], or mqtts:// for TLS (a login goes into the configuration)"
+    )
 
 
 def build() -> argparse.ArgumentParser:

@@ -103,7 +103,7 @@ class Daemon:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        if self._publisher is not None:
+        if self._publisher is not None and tasks:  # one that never ran has nothing to end
             await self._publisher.stop()
         for pipeline in self._pipelines.values():
             with contextlib.suppress(Exception):

@@ -22,10 +22,18 @@ InFile = Callable[[Callable[[SystemFile], T]], Awaitable[T]]
 class JournalOutbox:
     """Implements feed.outbox.Outbox. `in_file` runs a function over the open system file in the partition's thread.
 
-    `envelope` has what is the same for all diffs of the partition: host, partition, uuid, epoch.
+    `envelope` has what is the same for all diffs of the partition: host, partition, uuid, epoch. `backlog` is told how many diffs
+    are left to publish.
     """
 
-    def __init__(self, partition: str, topic: str, envelope: Envelope, in_file: InFile[object]) -> None:
+    def __init__(
+        self,
+        partition: str,
+        topic: str,
+        envelope: Envelope,
+        in_file: InFile[object],
+        backlog: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.partition = partition
         self.ready = asyncio.Event()
         self.ready.set()
@@ -33,6 +41,7 @@ class JournalOutbox:
         self._topic = topic
         self._envelope = envelope
         self._in_file = in_file
+        self._backlog = backlog
         self._flushed: Position | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
@@ -114,8 +123,15 @@ class JournalOutbox:
         position = self.acknowledged
         if position is None or position == self._flushed:
             return
+
+        def write(file: SystemFile) -> int:
+            file.acknowledge(*position)
+            return file.backlog()
+
         with contextlib.suppress(SnapfeedError, OSError):
-            await self._in_file(lambda file: file.acknowledge(*position))
+            left = await self._in_file(write)
+            assert isinstance(left, int)  # noqa: S101 - what `write` returns
             self._flushed = position
+            self._backlog(left)
             return
         log.debug("%s: cursor not written now", self.partition)

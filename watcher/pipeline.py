@@ -85,6 +85,7 @@ class Pipeline:
         self._reconcile: str | None = None
         self._abilities: Abilities | None = None
         self._source: EventSource | None = None
+        self._given = (0, 0.0)  # the system file's thresholds
         self._volume = Volume([])
         self._dirty = Dirty()
         self._own = 0  # bytes we wrote since the last snapshot, beside its own
@@ -116,22 +117,22 @@ class Pipeline:
         self._wake.set()
 
     def configure(self, rules: Rules) -> None:
-        """New thresholds; None falls back to the system file's, which are read at the next attach."""
+        """New rules; a threshold that is None falls back to the system file's."""
         self.rules = rules
-        if rules.io_threshold is not None:
-            self.state.io_threshold = rules.io_threshold
-        if rules.time_threshold is not None:
-            self.state.time_threshold = rules.time_threshold
-        self.state.keep = rules.keep
-        self._wake.set()
-        self._changed(self)
+        self._limit()
 
     def set_thresholds(self, io_threshold: int | None, time_threshold: float | None) -> None:
         """What the system file says was changed; the configuration still overrides it."""
-        if io_threshold is not None and self.rules.io_threshold is None:
-            self.state.io_threshold = io_threshold
-        if time_threshold is not None and self.rules.time_threshold is None:
-            self.state.time_threshold = time_threshold
+        io, seconds = self._given
+        self._given = (io_threshold or io, time_threshold or seconds)
+        self._limit()
+
+    def _limit(self) -> None:
+        """The thresholds and the retention that hold now."""
+        io, seconds = self._given
+        self.state.io_threshold = self.rules.io_threshold or io
+        self.state.time_threshold = self.rules.time_threshold or seconds
+        self.state.keep = self.rules.keep
         self._wake.set()
         self._changed(self)
 
@@ -254,9 +255,7 @@ class Pipeline:
         abilities, settings, head, backlog, consistency = await self._visit(look, check=True)
         self._abilities, state = abilities, self.state
         state.epoch, state.head, state.backlog = settings.epoch, head, backlog
-        state.io_threshold = self.rules.io_threshold or settings.io_threshold
-        state.time_threshold = self.rules.time_threshold or settings.time_threshold
-        state.keep = self.rules.keep
+        self.set_thresholds(settings.io_threshold, settings.time_threshold)
         state.backend, state.consistency = abilities.backend, consistency
         uuid = settings.uuid
         state.uuid = uuid
@@ -275,6 +274,7 @@ class Pipeline:
             self._topic,
             self._envelope(self.name, uuid, settings.epoch),
             self.in_file,
+            self._backlog,
         )
         self._opened(self.outbox)
         log.info(
@@ -367,11 +367,14 @@ class Pipeline:
         if taken.lost and trigger in (Trigger.TIME, Trigger.VOLUME) and not silent and self._source is not None:
             trigger = Trigger.RECONCILE
         everything = Dirty(set(taken.objects), set(taken.written), set(taken.names), taken.lost, taken.events)
+        lost_meanwhile: list[str] = []
 
         def more() -> Dirty:
             async def now() -> Dirty:
                 found = self._take_events()
                 everything.merge(found)
+                if found.lost:
+                    lost_meanwhile.append(found.lost)
                 return found
 
             return asyncio.run_coroutine_threadsafe(now(), loop).result()
@@ -390,7 +393,9 @@ class Pipeline:
             raise
         finally:
             self._busy = False
-        self._finish(done, looked_at_everything=everything.lost is not None)
+        if lost_meanwhile:
+            self._dirty.lost = lost_meanwhile[0]
+        self._finish(done, looked_at_everything=order.dirty.lost is not None)
         for future in commands:
             if not future.done():
                 future.set_result(done)
@@ -413,7 +418,7 @@ class Pipeline:
         if looked_at_everything:
             self._checked = self._last
         state = self.state
-        state.head, state.progress, state.volume = done.seq, None, 0
+        state.head, state.progress, state.volume, state.backlog = done.seq, None, 0, done.backlog
         state.excluded = tuple(printable_path(p) for p in done.excluded)
         skipped = None if done.recorded else "no change"
         state.last = Last(
@@ -427,6 +432,11 @@ class Pipeline:
             if self.outbox is not None:
                 self.outbox.ready.set()
         self._changed(self)
+
+    def _backlog(self, diffs: int) -> None:
+        if self.state.backlog != diffs:
+            self.state.backlog = diffs
+            self._changed(self)
 
     def _progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
         def show(entries: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
@@ -93,7 +94,8 @@ class Service:
             return list(known.values())
         found = []
         for name in names:
-            match = next((p for p in known.values() if name in (p.name, p.state.mount, p.state.uuid)), None)
+            plain = os.path.normpath(name) if name.startswith("/") else name
+            match = next((p for p in known.values() if plain in (p.name, p.state.mount, p.state.uuid)), None)
             if match is None:
                 shown = ascii(name)[:200]
                 raise CommandError(f"unknown partition {shown}; known are: {', '.join(sorted(known)) or 'none'}")

@@ -34,7 +34,7 @@ class Order:
 class Done:
     """`seq` is the head's. `recorded`: a snapshot was made (something had changed). `again`: to be looked at next time.
 
-    `own` is the bytes this thread wrote meanwhile, `read` those it read, `seconds` how long it took.
+    `own` is the bytes this thread wrote meanwhile, `read` those it read, `seconds` how long it took. `backlog`: diffs to publish.
     """
 
     seq: int
@@ -47,6 +47,7 @@ class Done:
     read: int
     seconds: float
     excluded: tuple[bytes, ...] = ()
+    backlog: int = 0
 
 
 def thread_io() -> tuple[int, int]:
@@ -102,6 +103,7 @@ def take(visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callab
         read_after - read_before,
         time.perf_counter() - started,
         capture.excluded,
+        file.backlog(),
     )
 
 

@@ -1,0 +1,76 @@
+"""Fingerprints of what bulkstat said of runs of inodes when that was last found to be what the metadata table says.
+
+A reconcile whose records have the same fingerprint need not look into the table for that run. Triggers drop a run's fingerprint
+with any change of the table to an inode in it, so one that is there is never older than the table.
+"""
+
+import sqlite3
+from bisect import bisect_left
+
+from collections.abc import Iterator
+
+from .linux.xfs import Records, bulkstat_batches
+
+RUN_BITS = 10  # a run: 1,024 inode numbers
+_COMPARED = "gen, mode, size, uid, gid, nlink, mtime_ns, ctime_ns, btime_ns"  # not clone, xattrs, target: ctime covers those
+
+_TABLE = "CREATE TABLE IF NOT EXISTS fingerprint (run INTEGER PRIMARY KEY, digest BLOB NOT NULL)"
+_DROP = f"BEGIN DELETE FROM fingerprint WHERE run = %s.ino >> {RUN_BITS}; END"
+_TRIGGERS = {
+    "fingerprint_insert": f"AFTER INSERT ON inode {_DROP % 'new'}",
+    "fingerprint_delete": f"AFTER DELETE ON inode {_DROP % 'old'}",
+    "fingerprint_update": f"AFTER UPDATE OF {_COMPARED} ON inode {_DROP % 'new'}",
+}
+
+
+class Fingerprints:
+    """The table `fingerprint` of a system file; inside a transaction."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+        db.execute(_TABLE)
+        self.resume()
+
+    def pause(self) -> None:
+        """For filling the table: forget all, and let the triggers rest until `resume`."""
+        for name in _TRIGGERS:
+            self.db.execute(f"DROP TRIGGER IF EXISTS {name}")
+        self.db.execute("DELETE FROM fingerprint")
+
+    def resume(self) -> None:
+        for name, what in _TRIGGERS.items():
+            self.db.execute(f"CREATE TRIGGER IF NOT EXISTS {name} {what}")
+
+    def all(self) -> dict[int, bytes]:
+        """The fingerprint of each run; a run's number is that of its inodes without the lowest RUN_BITS bits."""
+        return dict(self.db.execute("SELECT run, digest FROM fingerprint"))
+
+    def put(self, run: int, digest: bytes) -> None:
+        self.db.execute("INSERT OR REPLACE INTO fingerprint VALUES (?, ?)", (run, digest))
+
+
+def runs(fd: int) -> Iterator[tuple[int, Records]]:
+    """The records of all inodes, run by run: (number of the run, its records). Raises OSError as bulkstat does."""
+    left, left_run = b"", 0  # the last run of a batch may go on in the next one
+    for batch in bulkstat_batches(fd):
+        numbers = batch.numbers()
+        start, total = 0, batch.count
+        while start < total:
+            run = numbers[start] >> RUN_BITS
+            stop = bisect_left(numbers, run + 1 << RUN_BITS, start)
+            if left:
+                if left_run == run:
+                    left += batch.part(0, stop).copy()
+                    if stop == total:
+                        break
+                    start = stop
+                yield left_run, Records(memoryview(left))
+                left = b""
+                continue
+            if stop == total:
+                left, left_run = batch.part(start, stop).copy(), run
+                break
+            yield run, batch.part(start, stop)
+            start = stop
+    if left:
+        yield left_run, Records(memoryview(left))
