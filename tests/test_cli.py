@@ -18,7 +18,18 @@ from watcher.cli import main
 
 COMMANDS = ["format", "init", "run", "snapshot", "status", "snapshots", "diff", "tail", "check-config"]
 NOWHERE = ("--socket", "/nonexistent/control.sock")
-HOSTILE = [b"new\nline", b"\x1b[31mred", b"\xff\xfe", b"-rf", b"\r", b"\x9b2J", b"\xc2\x9b2J", b"\x7f", "\u202etxt".encode(), b"$(id)"]
+HOSTILE = [
+    b"new\nline",
+    b"\x1b[31mred",
+    b"\xff\xfe",
+    b"-rf",
+    b"\r",
+    b"\x9b2J",
+    b"\xc2\x9b2J",
+    b"\x7f",
+    "\u202etxt".encode(),
+    b"$(id)",
+]
 
 
 def refused(*arguments, code=1, **options) -> str:
@@ -140,7 +151,17 @@ def test_format(tmp_path):
             assert "would format" in snapfeed("format", device, "--fs", "xfs", "--dry-run").stdout
             assert run("blkid", "-p", device, check=False).returncode == 2, "something was written"
 
-            options = ["--io-threshold", "5MiB", "--time-threshold", "2min", "--label", "edge", "--mount", point, "--yes"]
+            options = [
+                "--io-threshold",
+                "5MiB",
+                "--time-threshold",
+                "2min",
+                "--label",
+                "edge",
+                "--mount",
+                point,
+                "--yes",
+            ]
             (found,) = facts("format", device, "--fs", "xfs", *options)
             assert (found["fs"], found["mount"], found["device"]) == ("xfs", str(point), device)
             assert (found["io_threshold"], found["time_threshold"]) == (5 << 20, 120.0)
@@ -300,7 +321,9 @@ def test_what_is_printed(xfs, tmp_path):
         # tail
         with (tmp_path / "tail").open("wb") as output, (tmp_path / "tail.json").open("wb") as documents:
             tails = [
-                subprocess.Popen([*CLI, "tail", *more], stdout=out, stderr=subprocess.DEVNULL, cwd=ROOT, env=running.env)
+                subprocess.Popen(
+                    [*CLI, "tail", *more], stdout=out, stderr=subprocess.DEVNULL, cwd=ROOT, env=running.env
+                )
                 for more, out in ((["--count", "2"], output), (["--json", "--count", "1"], documents))
             ]
             try:

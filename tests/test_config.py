@@ -117,8 +117,14 @@ def test_an_error_says_where_and_what(text, words):
 
 def test_a_mistake_is_found_though_no_broker_is_configured():
     """Keys of [broker] are checked even if its `url`, and with it the broker, is off."""
-    with pytest.raises(OperatorError):
+    with pytest.raises(OperatorError, match="'a b'"):
         parse("[broker]\nbase = 'a b'\n")
+
+
+def test_a_login_is_kept_for_a_url_from_the_command_line():
+    config = parse("[broker]\nusername = 'edge7'\nmax_packet = 8192\n")
+    assert config.broker is None
+    assert (config.draft.username, config.draft.max_packet) == ("edge7", 8192)
 
 
 @given(st.text(max_size=200))
@@ -129,12 +135,16 @@ def test_any_text_is_read_or_refused(text):
         assert str(error).startswith("config: ")
 
 
-scalars = st.one_of(st.text(max_size=10), st.integers(-(2**63), 2**63 - 1), st.booleans(), st.lists(st.integers(0, 9), max_size=2))
+scalars = st.one_of(
+    st.text(max_size=10), st.integers(-(2**63), 2**63 - 1), st.booleans(), st.lists(st.integers(0, 9), max_size=2)
+)
 
 
 @given(
     st.sampled_from(["broker", "control", "defaults", "watch", "partition"]),
-    st.sampled_from("url username base host max_packet socket io_threshold time_threshold keep reconcile exclude mount name".split()),
+    st.sampled_from(
+        "url username base host max_packet socket io_threshold time_threshold keep reconcile exclude mount name".split()
+    ),
     scalars,
 )
 def test_any_value_is_taken_or_refused_by_name(table, key, value):

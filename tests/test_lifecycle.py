@@ -284,8 +284,11 @@ def test_a_broker_that_refuses_the_login(xfs, tmp_path):
     with mosquitto(tmp_path, users={"reader": "r", "edge7": "right"}) as broker:
         broker.options += ["-u", "reader", "-P", "r"]
         (tmp_path / "password").write_text("wrong\n")
-        config = f'[broker]\nurl = "{broker.url}"\nhost = "{HOST}"\nusername = "edge7"\npassword_file = "{tmp_path}/password"\n'
-        with collector(broker, "snapfeed/#") as seen, daemon(tmp_path, xfs.path, config=config) as snapfeed:
+        config = f'[broker]\nhost = "{HOST}"\nusername = "edge7"\npassword_file = "{tmp_path}/password"\n'
+        with (
+            collector(broker, "snapfeed/#") as seen,
+            daemon(tmp_path, xfs.path, broker=broker.url, config=config) as snapfeed,
+        ):
             (xfs.path / "file").write_text("x")
             answer = snapfeed.snapshot()
             error = wait_until(lambda: snapfeed.status()["broker"]["error"], "it says so", 10)

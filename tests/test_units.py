@@ -15,14 +15,23 @@ DURATIONS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400}
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("64MiB", 64 << 20), ("64 mib", 64 << 20), ("1.5KiB", 1536), ("4096", 4096), (4096, 4096), ("1GB", 10**9), (" 2 G ", 2 << 30)],
+    [
+        ("64MiB", 64 << 20),
+        ("64 mib", 64 << 20),
+        ("1.5KiB", 1536),
+        ("4096", 4096),
+        (4096, 4096),
+        ("1GB", 10**9),
+        (" 2 G ", 2 << 30),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("60s", 60), ("5min", 300), ("1.5h", 5400), ("250ms", 0.25), (90, 90), (0.5, 0.5), ("1 d", 86400)]
+    ("text", "seconds"),
+    [("60s", 60), ("5min", 300), ("1.5h", 5400), ("250ms", 0.25), (90, 90), (0.5, 0.5), ("1 d", 86400)],
 )
 def test_durations(text, seconds):
     assert parse_duration(text) == seconds
@@ -46,7 +55,28 @@ def test_a_plain_number_of_bytes_is_kept_to_the_byte(number):
 
 @pytest.mark.parametrize("parse", [parse_size, parse_duration])
 @pytest.mark.parametrize(
-    "wrong", ["12 parsecs", "", "s", "MiB", "-1", "-1s", "0", 0, "1e9", "1 2", "1..5", "nan", "inf", "٣", "1\n2", True, None, [], -5]
+    "wrong",
+    [
+        "12 parsecs",
+        "",
+        "s",
+        "MiB",
+        "-1",
+        "-1s",
+        "0",
+        0,
+        "1e9",
+        "1 2",
+        "1..5",
+        "nan",
+        "inf",
+        "٣",
+        "1\n2",
+        True,
+        None,
+        [],
+        -5,
+    ],
 )
 def test_what_is_none_is_refused_with_a_remedy(parse, wrong):
     with pytest.raises(OperatorError) as error:

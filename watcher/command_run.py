@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import orjson
 
-from feed.broker import BrokerConfig, check
+from feed.broker import check
 
 from .config import SOCKET, Config, load
 from .daemon import Daemon, Reload
@@ -18,7 +18,7 @@ from .daemon import Daemon, Reload
 def _adjusted(options: argparse.Namespace, config: Config) -> Config:
     """What the command line says goes before the configuration."""
     if options.broker:
-        broker = check(replace(config.broker or BrokerConfig(), url=options.broker))
+        broker = check(replace(config.draft, url=options.broker))
         config = replace(config, broker=broker)
     path = options.socket or os.environ.get("SNAPFEED_SOCKET")
     return replace(config, socket=path) if path else config

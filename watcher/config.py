@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from comparer.errors import OperatorError
-from feed.broker import NAME, BrokerConfig, check, slug
+from feed.broker import NAME, BrokerConfig, check, slug, topics
 
 from .units import parse_duration, parse_size
 
@@ -28,9 +28,13 @@ class PartitionConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`broker` None: start the embedded one. Thresholds None: what the system file says. `reconcile`: seconds between checks."""
+    """`broker` None: start the embedded one. Thresholds None: what the system file says. `reconcile`: seconds between checks.
+
+    `draft`: [broker] as it stands, with a url or without; for a url from the command line.
+    """
 
     broker: BrokerConfig | None = None
+    draft: BrokerConfig = field(default_factory=BrokerConfig)
     host: str | None = None
     base: str | None = None
     socket: str = SOCKET
@@ -145,8 +149,11 @@ def _parse(document: dict[str, Any]) -> Config:
         if twice is not None:
             raise OperatorError(f"partition.{what}: {twice!r} is given twice")
     broker = tables["broker"]
+    draft = broker_config(broker)
+    topics(draft.base, draft.host)
     return Config(
-        broker=broker_config(broker) if "url" in broker else None,
+        broker=check(draft) if "url" in broker else None,
+        draft=draft,
         host=broker.get("host"),
         base=broker.get("base"),
         **tables["control"],
@@ -157,7 +164,7 @@ def _parse(document: dict[str, Any]) -> Config:
 
 
 def broker_config(given: dict[str, Any]) -> BrokerConfig:
-    """Reads the password file. Raises OperatorError."""
+    """Reads the password file; the fields are not checked against one another. Raises OperatorError."""
     fields = dict(given)
     path = fields.pop("password_file", None)
     if path is not None:
@@ -169,7 +176,7 @@ def broker_config(given: dict[str, Any]) -> BrokerConfig:
     for key in ("ca_file", "cert_file", "key_file"):
         if key in fields and not os.access(fields[key], os.R_OK):
             raise OperatorError(f"broker.{key}: {fields[key]!r} cannot be read; give the path of a readable file")
-    return check(BrokerConfig(**fields))
+    return BrokerConfig(**fields)
 
 
 def load(path: str) -> Config:

@@ -122,7 +122,7 @@ class Daemon:
         else:
             self._embedded = EmbeddedBroker()
             await self._embedded.start()
-            broker = BrokerConfig(url=self._embedded.url)
+            broker = BrokerConfig(url=self._embedded.url, max_packet=self.config.draft.max_packet)
             log.info("no broker configured: the embedded one listens at %s (loopback, this host only)", broker.url)
         return replace(broker, host=self.config.host or broker.host, base=self.config.base or broker.base)
 
