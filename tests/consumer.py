@@ -162,7 +162,7 @@ class Consumer:
     def _had(self, ident: str, change: dict) -> None:
         """`before` is what the object was as of the diff's parent, whatever this diff said of it already."""
         if change["before"] is not None:
-            # `blocks` is the file system's bookkeeping and may change without a change: delayed allocation, speculative preallocation
+            # `blocks` is the file system's bookkeeping and changes without a change: delayed or speculative allocation
             known = {**self._before[ident], "blocks": change["before"]["blocks"]}
             check(change["before"] == known, f"`before` is not what it was: {known}")
 
@@ -200,7 +200,7 @@ class Consumer:
         return found
 
     def compare(self, top) -> None:
-        """Raises FeedError where the model differs from a walk of `top`. The root's own attributes count once the feed told them."""
+        """Raises FeedError where the model differs from a walk of `top`. The root counts once the feed told of it."""
         walked, held = oracle.walk(top), self.state()
         if b"" not in held:
             del walked[b""]

@@ -20,11 +20,14 @@ RESPONSE = f"snapfeed/{HOST}/response/snapshot"
 @pytest.fixture
 def running(request, tmp_path):
     part = request.getfixturevalue(request.param)
-    with mosquitto(tmp_path) as broker, collector(broker, "snapfeed/#") as seen:
-        with daemon(tmp_path, part.path, broker=broker.url) as snapfeed:
-            wait_until(lambda: snapfeed.partition()["head"], "the first snapshot")
-            wait_until(lambda: snapfeed.status()["broker"]["connected"], "the broker")
-            yield part, broker, seen, snapfeed
+    with (
+        mosquitto(tmp_path) as broker,
+        collector(broker, "snapfeed/#") as seen,
+        daemon(tmp_path, part.path, broker=broker.url) as snapfeed,
+    ):
+        wait_until(lambda: snapfeed.partition()["head"], "the first snapshot")
+        wait_until(lambda: snapfeed.status()["broker"]["connected"], "the broker")
+        yield part, broker, seen, snapfeed
 
 
 def committed(snapfeed, part) -> int:
@@ -70,7 +73,8 @@ def test_the_answer_comes_after_the_commit(running):
     broker.publish(REQUEST, json.dumps({"id": "three", "partition": label}), "-V", "mqttv311")
 
     def replies(identifier):
-        return [m for m in map(lambda m: json.loads(m.payload), seen.messages(RESPONSE)) if m["id"] == identifier]
+        found = [json.loads(m.payload) for m in seen.messages(RESPONSE)]
+        return [m for m in found if m["id"] == identifier]
 
     (reply,) = wait_until(lambda: replies("three"), "the answer", 10)
     assert committed(snapfeed, part) == reply["data"]["seq"] == head + 2
@@ -96,7 +100,7 @@ def test_the_answer_comes_after_the_commit(running):
 @pytest.mark.parametrize("running", ["xfs", "btrfs", "ext4"], indirect=True)
 def test_commands_at_once(running):
     """One snapshot or several for commands that meet, never an error or a hole; each sees what was done before it was asked."""
-    part, broker, seen, snapfeed = running
+    part, _broker, seen, snapfeed = running
     label = snapfeed.partition()["partition"]
     before = snapfeed.partition()["head"]
     answers, errors = [], []
@@ -105,7 +109,7 @@ def test_commands_at_once(running):
         try:
             (part.path / f"file{number}").write_text("x")
             answers.append((number, snapfeed.snapshot()))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - shown by the test's own thread
             errors.append(error)
 
     for round_ in range(3):
@@ -147,14 +151,17 @@ def test_abuse_of_the_socket(xfs, tmp_path):
     with daemon(tmp_path, xfs.path) as snapfeed:
         wait_until(lambda: snapfeed.partition()["head"], "the first snapshot")
         assert (snapfeed.socket.stat().st_mode & 0o777) == 0o600
-        for line in (b"\n", b"{\n", b"[]\n", b'{"verb": 1}\n', b'{"verb": "nonsense"}\n', b"x" * 5000 + b"\n",
-                     b'{"verb": "status", "x": ' + b"[" * 1000 + b"]" * 1000 + b"}\n",
-                     b'{"verb": "diff", "partition": 3}\n', b'{"verb": "diff", "partition": "nowhere", "from": 1, "to": 2}\n',
-                     b'{"verb": "snapshot", "id": "x", "surplus": 1}\n', b'{"verb": "diff", "from": ' + b"9" * 3000 + b"}\n"):  # fmt: skip
+        lines = [b"", b"{", b"[]", b'{"verb": 1}', b'{"verb": "nonsense"}', b"x" * 5000]
+        lines.append(b'{"verb": "status", "x": ' + b"[" * 1000 + b"]" * 1000 + b"}")
+        lines.append(b'{"verb": "diff", "partition": 3}')
+        lines.append(b'{"verb": "diff", "partition": "nowhere", "from": 1, "to": 2}')
+        lines.append(b'{"verb": "snapshot", "id": "x", "surplus": 1}')
+        lines.append(b'{"verb": "diff", "from": ' + b"9" * 3000 + b"}")
+        for line in lines:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(10)
                 connection.connect(str(snapfeed.socket))
-                connection.sendall(line)
+                connection.sendall(line + b"\n")
                 answer = json.loads(connection.makefile("rb").readline())
                 if b"status" not in line:
                     assert answer["status"] == "error", line[:50]

@@ -58,11 +58,14 @@ class Feed:
 
 @pytest.fixture
 def feed(part, tmp_path):
-    with mosquitto(tmp_path) as broker, collector(broker, "snapfeed/#") as seen:
-        with daemon(tmp_path, part.path, broker=broker.url) as snapfeed:
-            made = Feed(part, snapfeed, seen)
-            made.take_baseline()
-            yield made
+    with (
+        mosquitto(tmp_path) as broker,
+        collector(broker, "snapfeed/#") as seen,
+        daemon(tmp_path, part.path, broker=broker.url) as snapfeed,
+    ):
+        made = Feed(part, snapfeed, seen)
+        made.take_baseline()
+        yield made
 
 
 def only(changes, parents=("",)):

@@ -37,12 +37,13 @@ class Worker:
     def paths(self):
         dirs, others = [self.top], []
         for directory, names, files in os.walk(self.top):
+            others += [os.path.join(directory, n) for n in names if os.path.islink(os.path.join(directory, n))]
             if directory == self.top and b".snapfeed" in names:
                 names.remove(b".snapfeed")
             names[:] = [n for n in names if not os.path.islink(os.path.join(directory, n))]
             dirs += [os.path.join(directory, n) for n in names]
             others += [os.path.join(directory, n) for n in files]
-        return dirs, others
+        return sorted(dirs), sorted(others)  # in one order on every file system: a seed means the same work everywhere
 
     def step(self) -> None:
         choose = self.random.choice
