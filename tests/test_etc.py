@@ -24,8 +24,8 @@ ETC = ROOT / "etc"
 KEYS = {
     "broker": "url username password_file ca_file cert_file key_file base host max_packet",
     "control": "socket",
-    "defaults": "io_threshold time_threshold keep reconcile",
-    "watch": "exclude",
+    "defaults": "io_threshold time_threshold keep reconcile max_extents",
+    "watch": "exclude unlimited_queue",
     "partition": "mount name io_threshold time_threshold keep",
 }
 

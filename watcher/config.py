@@ -42,7 +42,9 @@ class Config:
     time_threshold: float | None = None
     keep: int = KEEP
     reconcile: float = 86400.0
+    max_extents: int = 50_000
     exclude: tuple[str, ...] = ()
+    unlimited_queue: bool = True
     partitions: tuple[PartitionConfig, ...] = field(default_factory=tuple)
 
     def of(self, mount: str) -> PartitionConfig:
@@ -79,6 +81,12 @@ def _count(least: int, most: int) -> Callable[[Any, str], int]:
     return checked
 
 
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise OperatorError(f"{where}: {value!r} is not allowed; write true or false")
+    return value
+
+
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise OperatorError(f'{where}: {value!r} is not allowed; write a list of texts, such as ["/mnt/*"]')
@@ -96,8 +104,9 @@ _DEFAULTS: Checks = {
     "time_threshold": parse_duration,
     "keep": _count(2, 10_000),
     "reconcile": parse_duration,
+    "max_extents": _count(1, 1_000_000_000),
 }
-_WATCH: Checks = {"exclude": _texts}
+_WATCH: Checks = {"exclude": _texts, "unlimited_queue": _flag}
 _PARTITION: Checks = {
     "mount": _mount,
     "name": _name,

@@ -199,6 +199,8 @@ class Daemon:
             own.keep or config.keep,
             config.reconcile,
             chunk_limit(self._publisher.config.max_packet),
+            config.max_extents,
+            config.unlimited_queue,
         )
 
     def rescan(self) -> None:

@@ -44,6 +44,8 @@ class Rules:
     keep: int
     reconcile: float
     chunk_limit: int
+    max_extents: int = 50_000
+    unlimited_queue: bool = True
 
 
 class Unmounted(Exception):  # noqa: N818 - not an error: the partition went
@@ -286,7 +288,7 @@ class Pipeline:
 
     async def _watch(self) -> EventSource | None:
         """A source that was seen to work; None if there is none: then every look is a look at everything."""
-        source, why = make_source(self.partition, self._wake.set)
+        source, why = make_source(self.partition, self._wake.set, unlimited=self.rules.unlimited_queue)
         if source is not None and not await self._hears(source):
             why = f"{source.kind}: no event of a canary"
             source.close()
@@ -359,6 +361,7 @@ class Pipeline:
         volume = self.state.volume
         silent = not self._dirty and not (self._source is not None and self._source.pending)
         self._volume.begin()
+        own = self._own
         taken, self._dirty = self._dirty, Dirty()
         taken.merge(self._take_events())
         taken.lost = taken.lost or self._reconcile or self._why_everything(due.trigger, silent=silent)
@@ -395,7 +398,8 @@ class Pipeline:
             self._busy = False
         if lost_meanwhile:
             self._dirty.lost = lost_meanwhile[0]
-        self._finish(done, looked_at_everything=order.dirty.lost is not None)
+        # all that this thread wrote since `begin`: closing the system file writes, too
+        self._finish(done, self._own - own, looked_at_everything=order.dirty.lost is not None)
         for future in commands:
             if not future.done():
                 future.set_result(done)
@@ -409,8 +413,8 @@ class Pipeline:
             return "written without events"
         return None
 
-    def _finish(self, done: Done, *, looked_at_everything: bool) -> None:
-        self._volume.settle(done.own)
+    def _finish(self, done: Done, own: int, *, looked_at_everything: bool) -> None:
+        self._volume.settle(own)
         self._own = 0
         self._fresh = False
         self._again = done.again

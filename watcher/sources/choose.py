@@ -9,11 +9,16 @@ from .fanotify import FanotifySource
 from .inotify import InotifySource
 
 
-def make_source(partition: Partition, wake: Callable[[], None]) -> tuple[EventSource | None, str | None]:
-    """A started source, and why it is not a better one (None: it is the best there is)."""
+def make_source(
+    partition: Partition, wake: Callable[[], None], *, unlimited: bool = True
+) -> tuple[EventSource | None, str | None]:
+    """A started source, and why it is not a better one (None: it is the best there is).
+
+    `unlimited`: fanotify's queue may grow without bound; else it overflows at fs.fanotify.max_queued_events.
+    """
     why: str | None = None
     if partition.kind == "partition":
-        fanotify = FanotifySource(partition.path, device=partition.source or None)
+        fanotify = FanotifySource(partition.path, device=partition.source or None, unlimited=unlimited)
         try:
             fanotify.start(wake)
         except SourceError as error:
