@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from comparer.errors import OperatorError
 
+from . import witness
 from .backends.base import SYSTEM_DIR
 from .backends.btrfs import BtrfsBackend
 from .partition import Partition, is_adopted
@@ -33,6 +34,7 @@ def adopt(
         finally:
             os.close(root)
         SystemFile.create(partition.system_file, settings).close()
+        witness.write(os.path.dirname(partition.system_file), witness.Witness(settings.epoch, 0))
     except OSError as error:
         remedy = "run as root" if isinstance(error, PermissionError) else "mount it writable and with space left"
         raise OperatorError(f"{shown!r}: cannot create the system directory: {error.strerror}; {remedy}") from error

@@ -6,16 +6,17 @@ with any change of the table to an inode in it, so one that is there is never ol
 
 import sqlite3
 from bisect import bisect_left
-
 from collections.abc import Iterator
 
 from .linux.xfs import Records, bulkstat_batches
 
 RUN_BITS = 10  # a run: 1,024 inode numbers
-_COMPARED = "gen, mode, size, uid, gid, nlink, mtime_ns, ctime_ns, btime_ns"  # not clone, xattrs, target: ctime covers those
+_COMPARED = (
+    "gen, mode, size, uid, gid, nlink, mtime_ns, ctime_ns, btime_ns"  # not clone, xattrs, target: ctime covers those
+)
 
 _TABLE = "CREATE TABLE IF NOT EXISTS fingerprint (run INTEGER PRIMARY KEY, digest BLOB NOT NULL)"
-_DROP = f"BEGIN DELETE FROM fingerprint WHERE run = %s.ino >> {RUN_BITS}; END"
+_DROP = f"BEGIN DELETE FROM fingerprint WHERE run = %s.ino >> {RUN_BITS}; END"  # noqa: S608 - our own constants
 _TRIGGERS = {
     "fingerprint_insert": f"AFTER INSERT ON inode {_DROP % 'new'}",
     "fingerprint_delete": f"AFTER DELETE ON inode {_DROP % 'old'}",

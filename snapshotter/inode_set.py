@@ -1,6 +1,6 @@
 """A set of inode numbers in little memory: they come in dense runs, so a bit each, in integers of 512."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _BITS = 9
 _MASK = (1 << _BITS) - 1
@@ -15,6 +15,10 @@ class InodeSet:
     def add(self, ino: int) -> None:
         key = ino >> _BITS
         self._words[key] = self._words.get(key, 0) | 1 << (ino & _MASK)
+
+    def update(self, numbers: Iterable[int]) -> None:
+        for ino in numbers:
+            self.add(ino)
 
     def discard(self, ino: int) -> None:
         key = ino >> _BITS

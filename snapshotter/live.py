@@ -16,12 +16,16 @@ from comparer.model import Attr, FileType, Ident, file_type
 
 from .backends.base import SYSTEM_DIR
 from .linux.handles import Codec, open_by_handle_at
-from .linux.statx import Stat
+from .linux.statx import Stat, statx
 
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = _ANYTHING | os.O_DIRECTORY
 _TRIES = 5
+
+
+class CoveredError(OSError):
+    """Something is mounted on the way to what was asked for, so what is there of this partition cannot be seen."""
 
 
 class Identify(Protocol):
@@ -67,7 +71,7 @@ class LiveTree:
             self._directories.popitem()
 
     def directory(self, ident: Ident, path: Callable[[Ident], list[bytes] | None]) -> int | None:
-        """A descriptor (O_PATH) of a directory, None if it is gone; ours, valid until the next call.
+        """A descriptor (O_PATH) of a directory, None if it is gone; ours, valid until the next call. Raises CoveredError.
 
         `path` gives the components to try where handles cannot be opened.
         """
@@ -101,6 +105,7 @@ class LiveTree:
         return fd
 
     def _by_path(self, ident: Ident, components: list[bytes] | None) -> int | None:
+        """Raises CoveredError if something is mounted on the way."""
         if components is None:
             return None
         fd = os.dup(self.root_fd)
@@ -113,11 +118,37 @@ class LiveTree:
                 return fd
         except OSError as error:
             os.close(fd)
-            if error.errno in _GONE or error.errno == errno.ELOOP:
-                return None
-            raise
-        os.close(fd)
+            if error.errno not in _GONE and error.errno != errno.ELOOP:
+                raise
+        else:
+            os.close(fd)
+        self._check_cover(components)
         return None
+
+    def _check_cover(self, components: list[bytes]) -> None:
+        fd = os.dup(self.root_fd)
+        try:
+            for component in components:
+                if self.covered(fd, component):
+                    raise CoveredError(errno.EXDEV, "something else is mounted here", b"/".join(components))
+                below = os.open(component, _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+        except OSError as error:
+            if error.errno not in _GONE and error.errno != errno.ELOOP:
+                raise
+        finally:
+            os.close(fd)
+
+    def open_directory(self, ident: Ident) -> int | None:
+        """A directory opened for listing, by its handle; the caller closes it. None if it is gone."""
+        if ident == self.root:
+            return _open_to_list(self.root_fd)
+        return self._by_handle(ident, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NOATIME)
+
+    def open_object(self, ident: Ident) -> int | None:
+        """An object by its handle (O_PATH: nothing is opened); the caller closes it. None if it is gone."""
+        return self._by_handle(ident, _ANYTHING)
 
     def forget(self, ident: Ident) -> None:
         """Do not trust an open descriptor of this directory any longer (it may have been moved or removed)."""
@@ -139,8 +170,21 @@ class LiveTree:
         finally:
             os.close(fd)
 
+    def covered(self, dirfd: int, name: bytes) -> bool:
+        """Whether something is mounted on a name, so that what is there of this partition cannot be seen. Raises OSError."""
+        try:
+            return statx(dirfd, name).mount_root
+        except OSError as error:
+            if error.errno in _GONE:
+                return False
+            raise
+
     def look_at(self, ident: Ident) -> Attr | None:
-        """An object by its handle, None if it is gone or has no name left. Only where there are handles."""
+        """An object by its handle, None if it is gone or has no name left. Only where there are handles.
+
+        open_by_handle_at(2) answers ESTALE for every error, also where the disk cannot be read: None is believed only if what
+        names the object had do not lead to it either.
+        """
         fd = self._by_handle(ident, _ANYTHING)
         if fd is None:
             return None

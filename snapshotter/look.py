@@ -4,13 +4,15 @@ The outcome is an overlay of the metadata table that is a proper tree again, als
 seen half way through a change keeps its old place (which existed), and is to be looked at again by the next snapshot.
 """
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from comparer.dirty import Dirty
 from comparer.model import Attr, FileType, Ident, Name
 
-from .live import LiveTree
+from .live import CoveredError, LiveTree
 from .settle import settle
 from .table import Overlay, Table
 
@@ -128,14 +130,25 @@ class Look:
     def _look(self, name: Name) -> None:
         before = self.old.child(*name)
         found = None
-        dirfd = None if self._known_gone(name.parent) else self.tree.directory(name.parent, self._path)
+        try:
+            dirfd = None if self._known_gone(name.parent) else self.tree.directory(name.parent, self._path)
+        except CoveredError:
+            self.entries[name] = before
+            return
         if dirfd is not None:
             found = self.tree.look(dirfd, name.name)
+            if found is None and before is not None and self.tree.covered(dirfd, name.name):
+                self.entries[name] = before  # what is mounted on it hides it
+                return
+        elif self.tree.codec is not None and name.parent not in self.attrs:
+            # a handle that does not open may be one that cannot be read: the directory's own names tell
+            self._objects.add(name.parent)
         now = found.ident if found else None
         self.entries[name] = now
         if found is None:
             self._missing.setdefault(name.parent, set()).add(name)
         else:
+            self._check_handle(name, dirfd, found.ident)
             self.attrs[found.ident] = found.attr
             self._supersedes(found.ident)
             if found.attr.type is FileType.DIR:
@@ -152,6 +165,14 @@ class Look:
                     self._objects.add(before)
             else:
                 self._elsewhere(before)
+
+    def _check_handle(self, name: Name, dirfd: int | None, ident: Ident) -> None:
+        """A name leads to what was gone by its handle: then what it holds must not be taken for gone as well. Raises OSError."""
+        if self.tree.codec is None or not self._known_gone(ident) or self.tree.look_at(ident) is not None:
+            return
+        found = self.tree.look(dirfd, name.name) if dirfd is not None else None
+        if found is not None and found.ident == ident:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name.name)
 
     def _known_gone(self, directory: Ident) -> bool:
         return directory in self.attrs and self.attrs[directory] is None

@@ -3,8 +3,12 @@
 Neither reads a byte of file data. What cannot be read raises OSError: it is never taken for absent.
 """
 
+import errno
+import os
 import stat
+import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from comparer.dirty import Dirty
 from comparer.model import Attr, FileType, Ident, Name
@@ -14,7 +18,16 @@ from .live import Found, LiveTree
 from .table import Table
 
 Progress = Callable[[int], None]
-_REPORT_EVERY = 1024  # entries
+REPORT_EVERY = 1024  # entries
+# Two ticks of the slowest kernel (100 Hz): what changed this shortly before it was looked at may change again unseen.
+GUARD_NS = 20_000_000
+
+
+class Scan(NamedTuple):
+    """How a partition is looked at as a whole: for its first baseline, and for a reconcile."""
+
+    fill: Callable[[LiveTree, Table, Progress], Dirty]
+    differences: Callable[[LiveTree, Table, Progress], Dirty]
 
 
 class Places:
@@ -27,6 +40,9 @@ class Places:
     def put(self, directory: Ident, name: Name) -> None:
         self._places[directory] = name
 
+    def name(self, directory: Ident) -> Name | None:
+        return self._places.get(directory)
+
     def path(self, directory: Ident) -> list[bytes] | None:
         components: list[bytes] = []
         while directory != self._root:
@@ -38,6 +54,21 @@ class Places:
         return components[::-1]
 
 
+def gone(tree: LiveTree, directory: Ident, places: Places) -> None:
+    """A directory that was seen cannot be opened: raises OSError unless it is no longer where it was seen.
+
+    open_by_handle_at(2) answers ESTALE for every error, also where the disk cannot be read; a name tells which.
+    """
+    place = places.name(directory)
+    if place is None:
+        return
+    parent = tree.directory(place.parent, places.path)
+    found = tree.look(parent, place.name) if parent is not None else None
+    if found is not None and found.ident == directory:
+        path = b"/".join(places.path(directory) or [place.name])
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+
 def walk(tree: LiveTree, progress: Progress) -> Iterator[tuple[Name, Found]]:
     """Every entry of the partition, directories before what they hold. What moves meanwhile may be missed or seen twice."""
     places = Places(tree.root)
@@ -47,7 +78,8 @@ def walk(tree: LiveTree, progress: Progress) -> Iterator[tuple[Name, Found]]:
         directory = stack.pop()
         dirfd = tree.directory(directory, places.path)
         if dirfd is None:
-            continue  # removed or moved since it was seen: an event tells
+            gone(tree, directory, places)  # removed or moved since it was seen: an event tells
+            continue
         for name, _ in list(tree.list(dirfd)):
             found = tree.look(dirfd, name)
             if found is None:
@@ -55,7 +87,7 @@ def walk(tree: LiveTree, progress: Progress) -> Iterator[tuple[Name, Found]]:
             entry = Name(directory, name)
             yield entry, found
             seen += 1
-            if seen % _REPORT_EVERY == 0:
+            if seen % REPORT_EVERY == 0:
                 progress(seen)
             if found.attr.type is FileType.DIR:
                 places.put(found.ident, entry)
@@ -63,11 +95,17 @@ def walk(tree: LiveTree, progress: Progress) -> Iterator[tuple[Name, Found]]:
     progress(seen)
 
 
-def fill(tree: LiveTree, table: Table, progress: Progress) -> None:
-    """Make the table from a walk. A directory seen twice is where it was seen last."""
+def fill(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
+    """Make the table from a walk. A directory seen twice is where it was seen last.
+
+    Returns what changed so shortly before it was looked at that it has to be looked at again. Raises OSError.
+    """
+    again = Dirty()
     table.clear()
     table.put(tree.root, tree.look_at_root(), None)
     for name, found in walk(tree, progress):
+        if found.attr.ctime_ns >= time.clock_gettime_ns(time.CLOCK_REALTIME) - GUARD_NS:
+            again.objects.add(found.ident)
         if found.attr.type is FileType.DIR:
             for other in table.names(found.ident):
                 table.unpoint(other)
@@ -80,6 +118,7 @@ def fill(tree: LiveTree, table: Table, progress: Progress) -> None:
             table.unpoint(name)
         table.put(found.ident, found.attr, None)
         table.point(name, found.ident)
+    return again
 
 
 def same(known: Attr, now: Stat) -> bool:
@@ -109,6 +148,7 @@ def differences(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
         directory = stack.pop()
         dirfd = tree.directory(directory, places.path)
         if dirfd is None:
+            gone(tree, directory, places)
             continue
         known = dict(table.children(directory))
         for name, _ in list(tree.list(dirfd)):
@@ -119,7 +159,7 @@ def differences(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
                 places.put(below, entry)
                 stack.append(below)
             seen += 1
-            if seen % _REPORT_EVERY == 0:
+            if seen % REPORT_EVERY == 0:
                 progress(seen)
         dirty.names.update(Name(directory, name) for name in known)
     progress(seen)
@@ -143,3 +183,6 @@ def _compare(tree: LiveTree, table: Table, dirfd: int, entry: Name, ident: Ident
         return tree.identify(dirfd, entry.name)[0]
     except FileNotFoundError:
         return None
+
+
+WALK = Scan(fill, differences)

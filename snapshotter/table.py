@@ -24,6 +24,20 @@ _TYPE_BITS = {
 }
 
 
+_I64 = 1 << 63
+
+
+def store_time(ns: int | None) -> int | bytes | None:
+    """A time as SQLite can hold it: XFS and others have times after 2262, which do not fit 64 bits of nanoseconds."""
+    if ns is None or -_I64 <= ns < _I64:
+        return ns
+    return ns.to_bytes(16, "little", signed=True)
+
+
+def load_time(stored: int | bytes | None) -> int | None:
+    return int.from_bytes(stored, "little", signed=True) if isinstance(stored, bytes) else stored
+
+
 def pack_xattrs(xattrs: tuple[tuple[bytes, bytes], ...]) -> bytes | None:
     """Lengths and bytes of each pair; None for no xattrs."""
     if not xattrs:
@@ -62,6 +76,8 @@ class Table:
         if row is None or row[0] != ident.gen:
             return None
         _, mode, size, blocks, uid, gid, nlink, mtime, ctime, btime, rdev, xattrs, target = row
+        if type(mtime) is bytes or type(ctime) is bytes or type(btime) is bytes:
+            mtime, ctime, btime = load_time(mtime), load_time(ctime), load_time(btime)
         kind, permissions = file_type(mode), stat.S_IMODE(mode)
         return Attr(
             kind, size, blocks, permissions, uid, gid, nlink, mtime, ctime, btime, rdev, unpack_xattrs(xattrs), target
@@ -124,7 +140,8 @@ class Table:
             "INSERT OR REPLACE INTO inode VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *ident, mode, attr.size, attr.blocks, attr.uid, attr.gid, attr.nlink,
-                attr.mtime_ns, attr.ctime_ns, attr.btime_ns, attr.rdev, pack_xattrs(attr.xattrs), attr.target, clone,
+                store_time(attr.mtime_ns), store_time(attr.ctime_ns), store_time(attr.btime_ns),
+                attr.rdev, pack_xattrs(attr.xattrs), attr.target, clone,
             ),
         )  # fmt: skip
 

@@ -14,16 +14,19 @@ from typing import NamedTuple, Self
 
 from comparer.errors import DamageError, OperatorError, TransientError
 
+from . import witness
 from .backends.base import SYSTEM_DIR, Backend
 from .backends.btrfs import BtrfsBackend
 from .backends.ficlone import FicloneBackend
 from .backends.metadata import MetadataBackend
+from .fill_xfs import BULKSTAT
 from .linux.fiemap import ficlone
 from .linux.handles import Codec, UnknownHandleError, name_to_handle_at, open_by_handle_at
 from .linux.identity import Identifier
 from .linux.mount_api import open_tree_clone
 from .live import LiveTree
 from .partition import Partition, uuid_of
+from .scan import WALK
 from .systemfile import SYSTEM_FILE, SystemFile
 from .table import Table
 
@@ -152,19 +155,33 @@ class Visit:
             seen = os.stat(self.partition.system_file)
             if (seen.st_dev, seen.st_ino) != (inside.st_dev, inside.st_ino):
                 raise TransientError(f"{shown!r}: not mounted (another file system is seen there)")
-            uuid = file.settings().uuid
-            if self.partition.uuid is not None and uuid != self.partition.uuid:
-                raise DamageError(f"{shown!r}: its system file belongs to another partition ({uuid})")
+            settings = file.settings()
+            if self.partition.uuid is not None and settings.uuid != self.partition.uuid:
+                raise DamageError(f"{shown!r}: its system file belongs to another partition ({settings.uuid})")
+            seen_last = witness.read(self._system_directory)
+            if seen_last is not None and (seen_last.epoch != settings.epoch or seen_last.seq > (file.head() or 0)):
+                raise DamageError(f"{shown!r}: its system file is not the one written last (replaced, or an old copy)")
         except BaseException:
             file.close()
             raise
         return file
+
+    @property
+    def _system_directory(self) -> bytes:
+        return b"/proc/self/fd/%d/%b" % (self.root_fd, SYSTEM_DIR)
+
+    def bear_witness(self) -> None:
+        """Note beside the system file what was committed last, before anything of it is published. Raises OSError."""
+        witness.write(self._system_directory, witness.Witness(self.file.settings().epoch, self.file.head() or 0))
 
     def backend(self, progress: Callable[[int], None] = lambda _: None) -> Backend:
         """The snapshot backend for this visit."""
         if self.abilities.backend == "btrfs":
             return BtrfsBackend()
         table = Table(self.file.db, self.tree.root)
+        # by handle nothing is mounted on top of only in a mount of our own
+        fast = self.partition.fs_type == "xfs" and self.abilities.by_handle and self.abilities.private_mount
+        scan = BULKSTAT if fast else WALK
         if self.abilities.backend == "ficlone":
-            return FicloneBackend(self.tree, table, progress)
-        return MetadataBackend(self.tree, table, progress)
+            return FicloneBackend(self.tree, table, progress, scan=scan)
+        return MetadataBackend(self.tree, table, progress, scan=scan)

@@ -14,7 +14,7 @@ import pytest
 from broker_processes import collector, mosquitto
 from consumer import Consumer
 from daemon_process import HOST, daemon
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from oracle import walk
@@ -79,8 +79,8 @@ class Scene:
 class Exact(RuleBasedStateMachine):
     scene: Scene
 
-    @initialize(seed=st.integers(0, 1 << 30))
-    def begin(self, seed):
+    @initialize(number=st.integers(0, 1 << 30))
+    def begin(self, number):
         scene = self.scene
         if not scene.daemon.alive():
             scene.daemon.start()
@@ -91,7 +91,7 @@ class Exact(RuleBasedStateMachine):
                 shutil.rmtree(entry.path)
             else:
                 os.unlink(entry.path)
-        self.worker = Worker(os.fsencode(scene.top), seed, reflink=scene.fs in ("xfs", "btrfs"))
+        self.worker = Worker(os.fsencode(scene.top), number, reflink=scene.fs in ("xfs", "btrfs"))
 
     @rule(steps=st.integers(1, 25))
     def work(self, steps):
@@ -165,6 +165,8 @@ def test_any_sequence_is_exact(fs, tmp_path):
             pass
 
         Machine.scene = scene
+        if "SNAPFEED_SEED" in os.environ:
+            Machine = seed(int(os.environ["SNAPFEED_SEED"]))(Machine)
         run_state_machine_as_test(
             Machine,
             settings=settings(

@@ -16,6 +16,7 @@ from snapshotter.backends.metadata import MetadataBackend
 from snapshotter.linux.handles import Codec, name_to_handle_at
 from snapshotter.linux.identity import Identifier
 from snapshotter.live import LiveTree
+from snapshotter.scan import WALK
 from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
 from snapshotter.table import Table
 
@@ -25,8 +26,9 @@ SETTINGS = Settings("epoch", "uuid", "partition", 1 << 20, 60.0, 0)
 class Engine:
     """The table engine by hand, without the daemon: one snapshot at a time."""
 
-    def __init__(self, top, kind, by_handle=True):
+    def __init__(self, top, kind, by_handle=True, scan=WALK):
         self.top, self.kind, self.by_handle = os.fsencode(top), kind, by_handle
+        self.scan = scan
         os.mkdir(self.top + b"/.snapfeed", 0o700)
         SystemFile.create(self.top + b"/.snapfeed/system.db", SETTINGS).close()
         self.replica = Replica()
@@ -42,7 +44,7 @@ class Engine:
             tree = LiveTree(fd, identifier.identify, codec)
             with SystemFile.open(self.top + b"/.snapfeed/system.db") as file, file.transaction():
                 table = Table(file.db, tree.root)
-                backend = (FicloneBackend if self.kind == "ficlone" else MetadataBackend)(tree, table)
+                backend = (FicloneBackend if self.kind == "ficlone" else MetadataBackend)(tree, table, scan=self.scan)
                 seq, head = file.next_seq(), file.head()
                 capture = backend.capture(fd, seq, head, dirty, more)
                 if capture.old is None:

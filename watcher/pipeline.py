@@ -186,6 +186,10 @@ class Pipeline:
             except (OperatorError, SourceError) as error:
                 await self._wait(failures, error)
                 failures += 1
+            except Exception as error:  # a bug of ours; it must not take the other partitions with it
+                log.exception("%s: internal error", self.name)
+                await self._wait(failures, error)
+                failures += 1
 
     def _mounted(self) -> bool:
         if self.partition.kind == "directory":

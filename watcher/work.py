@@ -86,7 +86,9 @@ def take(visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callab
         if capture is not None:
             backend.discard(visit.root_fd, capture)
         raise
-    if not recorded:
+    if recorded:
+        visit.bear_witness()
+    else:
         backend.discard(visit.root_fd, capture)
     if forgotten:
         with file.transaction():

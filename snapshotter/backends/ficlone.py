@@ -18,7 +18,7 @@ from snapshotter.linux.fiemap import extent_count, extents, ficlone
 from snapshotter.linux.inode_flags import set_immutable
 from snapshotter.live import LiveTree
 from snapshotter.look import Outcome
-from snapshotter.scan import Progress
+from snapshotter.scan import WALK, Progress, Scan
 from snapshotter.table import Overlay, Table
 
 from .base import SYSTEM_DIR, Capture
@@ -42,9 +42,15 @@ class FicloneBackend(MetadataBackend):
     consistency = "per-file"
 
     def __init__(
-        self, tree: LiveTree, table: Table, progress: Progress = no_progress, max_extents: int = MAX_EXTENTS
+        self,
+        tree: LiveTree,
+        table: Table,
+        progress: Progress = no_progress,
+        max_extents: int = MAX_EXTENTS,
+        *,
+        scan: Scan = WALK,
     ) -> None:
-        super().__init__(tree, table, progress)
+        super().__init__(tree, table, progress, scan=scan)
         self.max_extents = max_extents
         self.skipped: list[Ident] = []
         self._made: dict[Ident, int | None] = {}  # this capture's clones; None: no content is kept

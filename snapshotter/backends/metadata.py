@@ -7,17 +7,19 @@ from comparer.dirty import Dirty
 from comparer.model import UNKNOWN_RANGES, Attr, ByteRanges, FileType, Ident, Name
 from snapshotter.live import LiveTree
 from snapshotter.look import Look, Outcome
-from snapshotter.scan import Progress, differences, fill
+from snapshotter.scan import GUARD_NS, WALK, Progress, Scan
 from snapshotter.table import Overlay, Table
 
 from .base import Capture
 
-# Two ticks of the slowest kernel (100 Hz): what changed this shortly before it was looked at may change again unseen.
-GUARD_NS = 20_000_000
-
 
 def no_progress(_entries: int) -> None:
     """Nobody watches."""
+
+
+def _guard_time() -> int:
+    """What changes from then on may, when it is looked at from now on, have changed too recently."""
+    return time.clock_gettime_ns(time.CLOCK_REALTIME) - GUARD_NS
 
 
 class MetadataBackend:
@@ -25,10 +27,11 @@ class MetadataBackend:
     consistency = "metadata"
     needs_events = True
 
-    def __init__(self, tree: LiveTree, table: Table, progress: Progress = no_progress) -> None:
+    def __init__(self, tree: LiveTree, table: Table, progress: Progress = no_progress, *, scan: Scan = WALK) -> None:
         self.tree = tree
         self.table = table
         self.progress = progress
+        self.scan = scan
 
     def sweep(self, root_fd: int, kept: Collection[int]) -> int:  # noqa: ARG002 - nothing lies outside the system file
         return 0
@@ -43,10 +46,11 @@ class MetadataBackend:
             else:
                 dirty.names.add(Name(ident, name))
         if dirty.lost:
-            dirty.merge(differences(self.tree, self.table, self.progress))
+            dirty.merge(self.scan.differences(self.tree, self.table, self.progress))
+        since = _guard_time()
         outcome = Look(self.tree, self.table).run(dirty, more)
         self._take_content(seq, outcome, dirty)
-        self._guard(outcome)
+        self._guard(outcome, since)
         return Capture(
             seq,
             self.table,
@@ -58,10 +62,13 @@ class MetadataBackend:
         )
 
     def _baseline(self, seq: int, more: Callable[[], Dirty]) -> Capture:
-        fill(self.tree, self.table, self.progress)
-        outcome = Look(self.tree, self.table).run(more(), more)
+        dirty = self.scan.fill(self.tree, self.table, self.progress)
+        dirty.merge(more())
+        since = _guard_time()
+        outcome = Look(self.tree, self.table).run(dirty, more)
         self._apply(outcome.view)
         self._take_everything(seq, outcome)
+        self._guard(outcome, since)
         return Capture(seq, None, self.table, content=self._content_of(self.table), again=outcome.again)
 
     def commit(self, capture: Capture) -> None:
@@ -84,9 +91,8 @@ class MetadataBackend:
             if ident is not None:
                 self.table.point(name, ident)
 
-    def _guard(self, outcome: Outcome) -> None:
-        """Coarse time stamps: look again at what changed a moment ago."""
-        since = time.clock_gettime_ns(time.CLOCK_REALTIME) - GUARD_NS
+    def _guard(self, outcome: Outcome, since: int) -> None:
+        """Coarse time stamps: look again at what had changed a moment before it was looked at."""
         recent = [i for i, attr in outcome.view.attrs.items() if attr is not None and attr.ctime_ns >= since]
         outcome.again.objects.update(recent)
 

@@ -1,10 +1,10 @@
 """XFS_IOC_BULKSTAT: the metadata of all inodes, in the order of their numbers, without a path walk.
 
-Layouts and numbers: fs/xfs/libxfs/xfs_fs.h (package xfslibs-dev), struct xfs_bulk_ireq and xfs_bulkstat, version 5; ioctl_xfs_bulkstat(2);
-behaviour: fs/xfs/xfs_itable.c. Needs CAP_SYS_ADMIN. What it says is what statx says, but for two things: the size of a file
-whose appended bytes are not written back yet is the old one (the size on the disk), and looking this way does not make the kernel give
-the next change a finer time stamp. Inodes without a name (removed while open) are among them, with nlink 0; quota and real-time inodes
-are not.
+Layouts and numbers: fs/xfs/libxfs/xfs_fs.h (package xfslibs-dev), struct xfs_bulk_ireq and xfs_bulkstat, version 5;
+ioctl_xfs_bulkstat(2); behaviour: fs/xfs/xfs_itable.c. Needs CAP_SYS_ADMIN. It says what statx says, but for two things: the
+size of a file whose appended bytes are not written back yet is the old one (the size on the disk), and looking this way does not
+make the kernel give the next change a finer time stamp. Inodes without a name (removed while open) are among them, with nlink 0;
+quota and real-time inodes are not.
 """
 
 import errno
@@ -18,7 +18,7 @@ from .libc import ior
 
 _IREQ = struct.Struct("=QIIII40x")  # struct xfs_bulk_ireq: ino flags icount ocount agno reserved
 # struct xfs_bulkstat: ino size blocks xflags atime | mtime ctime btime | gen uid gid projectid atime_nsec | mtime_nsec ctime_nsec
-# btime_nsec blksize rdev | cowextsize extsize | nlink | extents aextents version | forkoff | sick checked | mode | pad2 extents64 pad
+# btime_nsec blksize rdev | cowextsize extsize | nlink | extents aextents version | forkoff | sick checked | mode | pad2 extents64
 _BULKSTAT = struct.Struct("=QQQ16xqqqIII8xIIIII8xI10xH4xH58x")
 XFS_IOC_BULKSTAT = ior(ord("X"), 127, _IREQ.size)
 BATCH = 4096  # records
@@ -70,7 +70,19 @@ class Records:
 
     def newest(self) -> int:
         """The largest change time, in whole seconds."""
-        return max(self.raw.cast("q")[_CTIME::_WORDS].tolist(), default=0)  # type: ignore[no-any-return]
+        return max(self.raw.cast("q")[_CTIME::_WORDS].tolist(), default=0)
+
+    def latest(self) -> int:
+        """The largest of all times but the access times, in whole seconds."""
+        words = self.raw.cast("q")
+        return max(max(words[word::_WORDS].tolist(), default=0) for word in (5, _CTIME, 7))
+
+    def without_attributes(self) -> list[int]:
+        """The inodes that have no room for extended attributes."""
+        rooms = self.raw.cast("H")[_FORKOFF :: 4 * _WORDS].tolist()
+        if all(rooms):
+            return []
+        return [ino for ino, room in zip(self.numbers(), rooms, strict=True) if not room]
 
     def part(self, start: int, stop: int) -> "Records":
         return Records(self.raw[start * _BULKSTAT.size : stop * _BULKSTAT.size])
@@ -92,6 +104,7 @@ class Records:
 
 _WORDS = _BULKSTAT.size // 8
 _CTIME = 6
+_FORKOFF = 63  # of 2 bytes
 _FINGER_WORDS = (0, 1, 5, _CTIME, 8, 11)  # of 8 bytes: ino, size, mtime, ctime, gen and uid, ctime_nsec and btime_nsec
 _FINGER_HALVES = (18, 28, 33)  # of 4 bytes: gid, nlink, mode and pad2
 

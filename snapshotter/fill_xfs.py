@@ -1,0 +1,196 @@
+"""The first baseline on XFS: all inodes by bulkstat, then every directory listed, in the order of their numbers.
+
+No file is opened or looked at one by one, but for those with extended attributes, symbolic links and devices.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+from comparer.dirty import Dirty
+from comparer.model import Ident
+
+from . import scan
+from .fingerprints import Fingerprints, runs
+from .inode_set import InodeSet
+from .linux.btrfs import syncfs
+from .linux.statx import statx
+from .linux.xfs import Records, bulkstat_single
+from .live import LiveTree, attributes, read_xattrs
+from .mend import mend
+from .scan import GUARD_NS, Progress, Scan
+from .scan_xfs import available, differences, listing, system_inodes
+from .table import Table, pack_xattrs
+
+_G = 1_000_000_000
+_LATEST = (1 << 63) // _G - 1  # seconds; later times need another form (table.store_time)
+# The parameters are the members of Bulkstat, in their order.
+_INSERT = f"""INSERT INTO inode VALUES (?1, ?7, ?17, ?2, ?3 * ?13, ?8, ?9, ?15,
+ ?4 * {_G} + ?10, ?5 * {_G} + ?11, CASE WHEN :btime THEN ?6 * {_G} + ?12 END, NULL, NULL, NULL, NULL)"""  # noqa: S608
+_PAGE = 1000  # rows
+_KIND = "mode & 61440"  # S_IFMT
+
+
+def fill(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
+    """As scan.fill, with bulkstat if that is possible. Writes back what is not on the disk yet: bulkstat knows no other sizes.
+
+    Returns what was seen in motion and has to be looked at. Raises OSError.
+    """
+    if not available(tree):
+        return scan.fill(tree, table, progress)
+    return _Fill(tree, table, progress).run()
+
+
+class _Fill:
+    def __init__(self, tree: LiveTree, table: Table, progress: Progress) -> None:
+        self.tree = tree
+        self.table = table
+        self.db = table.db
+        self.progress = progress
+        self.again = Dirty()
+        self.without = InodeSet()  # inodes that have no room for extended attributes
+        self.fingerprints = Fingerprints(table.db)
+        self.has_btime = statx(tree.root_fd).btime_ns is not None
+
+    def run(self) -> Dirty:
+        self.table.clear()
+        self.fingerprints.pause()
+        self.db.execute("DROP INDEX IF EXISTS entry_of")
+        self._inodes()
+        self._names()
+        self.db.execute("CREATE INDEX entry_of ON entry (ino)")
+        self.fingerprints.resume()
+        self._special()
+        self._root()
+        self.again.merge(mend(self.db, self.tree.root))
+        return self.again
+
+    # ---- inodes
+
+    def _inodes(self) -> None:
+        since = time.clock_gettime_ns(time.CLOCK_REALTIME) - GUARD_NS
+        syncfs(self.tree.root_fd)
+        insert = _INSERT.replace(":btime", "1" if self.has_btime else "0")
+        for run, records in runs(self.tree.root_fd):
+            self.db.executemany(insert, records)
+            if not self._odd(records, since):
+                self.fingerprints.put(run, records.fingerprint())
+            self.without.update(records.without_attributes())
+
+    def _odd(self, records: Records, since: int) -> bool:
+        """Whether some changed too recently, or at a time that SQL cannot compute; those are to be looked at."""
+        if records.newest() < since // _G and records.latest() <= _LATEST:
+            return False
+        odd = {
+            Ident(ino, gen)
+            for ino, _, _, mtime, ctime, btime, gen, _, _, _, ctime_n, *_ in records
+            if ctime * _G + ctime_n >= since or max(mtime, ctime, btime) > _LATEST
+        }
+        self.again.objects |= odd
+        return bool(odd)
+
+    # ---- names
+
+    def _names(self) -> None:
+        """List every directory but those of the system directory."""
+        system = InodeSet()
+        for ino, is_dir in system_inodes(self.tree.root_fd):
+            if is_dir:
+                system.add(ino)
+        rows: list[tuple[int, bytes, int]] = []
+        seen = 0
+        for ident in self._select("SELECT ino, gen FROM inode", "= 16384"):
+            if ident.ino in system:
+                continue
+            fd = self.tree.open_directory(ident)
+            if fd is None:
+                self._gone(ident)
+                continue
+            try:
+                here = [(ident.ino, name, ino) for name, ino, _ in listing(fd, at_root=ident == self.tree.root)]
+                here.sort()
+                self._xattrs(fd, here)
+            finally:
+                os.close(fd)
+            rows += here
+            if len(rows) >= _PAGE:
+                self._point(rows)
+                seen += len(rows)
+                self.progress(seen)
+                rows.clear()
+        self._point(rows)
+        self.progress(seen + len(rows))
+
+    def _point(self, rows: list[tuple[int, bytes, int]]) -> None:
+        # sqlite3 looks for an adapter for each bytes object, and for none for a bytearray
+        as_arrays = [(parent, bytearray(name), ino) for parent, name, ino in rows]
+        self.db.executemany("INSERT INTO entry VALUES (?, ?, ?)", as_arrays)
+
+    def _select(self, select: str, kind: str) -> Iterator[Ident]:
+        """Inodes whose type bits are `kind`, a page at a time: the table may be changed meanwhile."""
+        after = -1
+        while True:
+            rows = self.db.execute(
+                f"{select} WHERE ino > ? AND {_KIND} {kind} ORDER BY ino LIMIT {_PAGE}", (after,)
+            ).fetchall()
+            for row in rows:
+                yield Ident(*row)
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1][0]
+
+    def _gone(self, ident: Ident) -> None:
+        """An inode that cannot be opened: gone since bulkstat saw it, or unreadable."""
+        record = bulkstat_single(self.tree.root_fd, ident.ino)
+        if record is not None and record.gen == ident.gen and record.nlink:
+            raise OSError(errno.ESTALE, f"inode {ident.ino} is there, but cannot be opened")
+        self.again.objects.add(ident)
+
+    # ---- what bulkstat does not say
+
+    def _xattrs(self, fd: int, entries: list[tuple[int, bytes, int]]) -> None:
+        without = self.without
+        directory = b"/proc/self/fd/%d/" % fd
+        for _, name, ino in entries:
+            if ino in without:
+                continue
+            try:
+                if os.listxattr(directory + name, follow_symlinks=False):
+                    self._read_xattrs(ino)
+            except FileNotFoundError:
+                pass  # the event that took it away leads to a look
+
+    def _read_xattrs(self, ino: int) -> None:
+        ident = self.table.current(ino)
+        fd = self.tree.open_object(ident) if ident is not None else None
+        if fd is None:
+            return
+        try:
+            packed = pack_xattrs(read_xattrs(b"/proc/self/fd/%d" % fd))
+        finally:
+            os.close(fd)
+        self.db.execute("UPDATE inode SET xattrs = ? WHERE ino = ?", (packed, ino))
+
+    def _special(self) -> None:
+        """Targets of symbolic links, numbers of devices."""
+        for ident in self._select("SELECT ino, gen FROM inode", f"IN ({stat.S_IFLNK}, {stat.S_IFCHR}, {stat.S_IFBLK})"):
+            fd = self.tree.open_object(ident)
+            if fd is None:
+                self._gone(ident)
+                continue
+            try:
+                attr = attributes(fd, statx(fd))
+            finally:
+                os.close(fd)
+            self.db.execute("UPDATE inode SET rdev = ?, target = ? WHERE ino = ?", (attr.rdev, attr.target, ident.ino))
+
+    def _root(self) -> None:
+        self.db.execute(
+            "UPDATE inode SET xattrs = ? WHERE ino = ?",
+            (pack_xattrs(self.tree.look_at_root().xattrs), self.tree.root.ino),
+        )
+
+
+BULKSTAT = Scan(fill, differences)

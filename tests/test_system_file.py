@@ -1,0 +1,163 @@
+"""The system file damaged, replaced, restored from an old copy: set aside, a new epoch, and consumers exact again by a baseline."""
+
+import contextlib
+import shutil
+import sqlite3
+
+import pytest
+from broker_processes import collector, mosquitto
+from consumer import Consumer
+from daemon_process import HOST, adopt, daemon
+from partitions import partition, wait_until
+
+from comparer.errors import DamageError, OperatorError, TransientError
+from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
+
+SETTINGS = Settings("an-epoch", "a-uuid", "partition", 1 << 20, 60.0, 0)
+
+
+@pytest.fixture
+def made(tmp_path):
+    path = bytes(tmp_path / "system.db")
+    SystemFile.create(path, SETTINGS).close()
+    return path
+
+
+def record(file, seq, parent, pages=((1, b"{}"),)):
+    with file.transaction():
+        for number, (count, body) in enumerate(pages, 1):
+            file.add_page(seq, number, count, body)
+        file.add(
+            SnapshotRow(seq, 0, "command", 0, 1, "metadata", None),
+            DiffRow(seq, parent, 0, "command", 0, "metadata", None, 1, len(pages), 1000),
+        )
+
+
+def test_what_is_written_is_there_again(made):
+    with SystemFile.open(made) as file:
+        assert file.settings() == SETTINGS
+        assert file.head() is None
+        record(file, 1, None, [(1, b"x" * 100), (2, b"y" * 5000)])
+    with SystemFile.open(made, check=True) as file:
+        assert (file.head(), file.next_seq()) == (1, 2)
+        assert file.page(1, 2) == (2, b"y" * 5000)
+        assert file.backlog() == 1
+        file.acknowledge(1, 1)
+        assert file.backlog() == 1
+        file.acknowledge(1, 2)
+        assert file.backlog() == 0
+
+
+def test_numbers_go_on_and_what_is_unpublished_is_kept(made):
+    with SystemFile.open(made) as file:
+        for seq in range(1, 11):
+            record(file, seq, seq - 1 or None)
+        file.acknowledge(7, 1)
+        with file.transaction():
+            assert file.forget(2) == [8, 7, 6, 5, 4, 3, 2, 1]
+        assert [row.seq for row in file.snapshots()] == [9, 10]
+        assert file.diff(7) is None
+        assert [file.diff(seq).seq for seq in (8, 9, 10)] == [8, 9, 10]
+        assert file.next_seq() == 11
+
+
+def test_a_transaction_that_fails_leaves_nothing(made):
+    with SystemFile.open(made) as file:
+        with pytest.raises(ZeroDivisionError), file.transaction():
+            file.add_page(1, 1, 1, b"{}")
+            raise ZeroDivisionError
+        assert file.page_count(1) == 0
+
+
+def test_a_second_process_is_told(made):
+    with SystemFile.open(made) as file:
+        record(file, 1, None)
+        with pytest.raises(OperatorError, match="in use by another process"):
+            SystemFile.open(made).close()
+
+
+def test_a_newer_schema_is_refused_and_left_alone(made):
+    with contextlib.closing(sqlite3.connect(made)) as db:
+        db.execute("PRAGMA user_version = 999")
+    with pytest.raises(OperatorError, match="update snapfeed"):
+        SystemFile.open(made)
+
+
+def test_none_there_is_not_made(tmp_path):
+    with pytest.raises(TransientError):
+        SystemFile.open(bytes(tmp_path / "nothing.db"))
+    assert not (tmp_path / "nothing.db").exists()
+
+
+@pytest.mark.parametrize("damage", ["noise", "empty", "text", "page"])
+def test_damage_is_named_so(made, damage):
+    with SystemFile.open(made) as file:
+        for seq in range(1, 40):
+            record(file, seq, seq - 1 or None, [(1, bytes(900))])
+    with open(made, "r+b") as file:
+        if damage == "empty":
+            file.truncate(0)
+        elif damage == "text":
+            file.write(b"this is no database at all")
+        else:
+            size = file.seek(0, 2)
+            file.seek(0 if damage == "noise" else 4096)
+            file.write(b"\xa5" * (size if damage == "noise" else 4096))
+    with pytest.raises(DamageError):
+        SystemFile.open(made, check=True)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("fs", ["xfs", "btrfs"])
+def test_the_daemon_begins_a_new_epoch(fs, tmp_path):
+    with contextlib.ExitStack() as stack:
+        part = stack.enter_context(partition(fs, tmp_path))
+        (tmp_path / "other").mkdir()
+        other = stack.enter_context(partition("ext4", tmp_path / "other"))
+        adopt(other.path)
+        broker = stack.enter_context(mosquitto(tmp_path))
+        pages = stack.enter_context(collector(broker, f"snapfeed/{HOST}/+/changes"))
+        feed = stack.enter_context(daemon(tmp_path, part.path, broker=broker.url))
+        store, old = part.path / ".snapfeed/system.db", tmp_path / "old.db"
+        consumer, epochs = Consumer(), []
+
+        def exact():
+            answer = feed.snapshot()
+
+            def caught_up():
+                consumer.feed(m.payload for m in pages.new())
+                return consumer.head == (answer["epoch"], answer["seq"])
+
+            wait_until(caught_up, "the head")
+            consumer.compare(part.path)
+            epochs.append(answer["epoch"])
+
+        def foreign():
+            shutil.copy(other.path / ".snapfeed/system.db", store)
+
+        damages = [
+            lambda: store.write_bytes(store.read_bytes()[:5000]),
+            lambda: store.write_bytes(b"\xff" * 20000),
+            lambda: shutil.copy(old, store),
+            foreign,
+        ]
+        wait_until(lambda: feed.partition()["head"], "the baseline")
+        for number, damage in enumerate(damages):
+            (part.path / f"before{number}").write_text("x")
+            exact()
+            assert feed.stop() == 0
+            shutil.copy(store, old)
+            feed.start()
+            (part.path / f"between{number}").write_text("x")
+            exact()
+            assert feed.stop() == 0
+            damage()
+            (part.path / f"after{number}").write_text("x")
+            feed.start()
+            wait_until(lambda: feed.partition()["head"], "a new baseline")
+            exact()
+            assert epochs[-1] != epochs[-2], number
+            assert epochs[-2] == epochs[-3]
+        kept = [p for p in (part.path / ".snapfeed").iterdir() if p.name.startswith("damaged-")]
+        assert len(kept) == len(damages)
+        assert "kept aside" in feed.output()
