@@ -1,4 +1,4 @@
-"""`make soak`: the tests' random parts for hours: other seeds each round, larger trees. Stops at the first failure and says its seed.
+"""`make soak`: the tests' random parts for hours: other seeds each round, larger trees; stops at the first failure.
 
 python -m bench.soak [--sequences 10000] [--seed 1]: a run that was stopped goes on with `--seed` of the round it was in.
 """

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from cachetools import LRUCache
 
+from comparer.errors import DamageError
 from comparer.model import Attr, Ident, Name, file_type
 
 _LENGTHS = struct.Struct("<II")
@@ -118,7 +119,7 @@ class Table:
     def _known(self, ino: int) -> Ident:
         gen = self._gen(ino)
         if gen is None:
-            raise sqlite3.DatabaseError(f"no such table row: inode {ino}, which a name points to")
+            raise DamageError(f"damaged system file: no inode {ino}, which a name points to")
         return Ident(ino, gen)
 
     def clone(self, ident: Ident) -> int | None:

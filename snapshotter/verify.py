@@ -3,14 +3,21 @@
 The walk shares nothing with the dirty set or the reconcile: it lists every directory and looks at every entry.
 """
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from comparer.model import Attr, FileType, Ident, Name, View
 
+from .backends.base import SYSTEM_DIR
+from .backends.btrfs import SNAPSHOTS
+from .backends.btrfs_view import SubvolumeView
 from .live import CoveredError, LiveTree
 from .scan import GUARD_NS, REPORT_EVERY, Places, Progress, gone
+from .table import Table
+from .visit import Visit
 
 _IGNORED = "blocks"  # allocation is the file system's own business: it changes without a change time
 _COMPARED = tuple(field.name for field in dataclasses.fields(Attr) if field.name != _IGNORED)
@@ -18,10 +25,11 @@ _COMPARED = tuple(field.name for field in dataclasses.fields(Attr) if field.name
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """`path` from the root (empty: the root). `what`: `missing` (the view has a name that is not there), `extra` (there is one it does
-    not have), `other` (a name leads to another object), `attributes`, or `nameless` (the view's own fault: an object without a name).
+    """`path` from the root (empty: the root); `detail` is for people.
 
-    `detail` is for people. `meanwhile`: a change after the snapshot explains it, so it is none of the snapshot's.
+    `what`: `missing` (the view has a name that is not there), `extra` (there is one it does not have), `other` (a name leads to
+    another object), `attributes`, `nameless` (the view's own fault: an object without a name). `meanwhile`: a change after the
+    snapshot explains it, so it is none of the snapshot's.
     """
 
     path: bytes
@@ -33,9 +41,9 @@ class Disagreement:
 def verify(
     tree: LiveTree, view: View, taken_ns: int, progress: Progress, nameless: Callable[[], Iterator[Ident]] | None = None
 ) -> Iterator[Disagreement]:
-    """Compare all of `view`, taken when the clock said `taken_ns`, with what is there now. Raises OSError for what cannot be read.
+    """Compare all of `view`, taken when the clock said `taken_ns`, with what is there now.
 
-    `nameless` gives the objects the view holds without a name, where it can. Memory grows with directories, not with files.
+    Raises OSError for what cannot be read. `nameless` gives the objects the view holds without a name, where it can. Memory grows with directories, not with files.
     """
     yield from _Verification(tree, view, taken_ns).run(progress)
     for ident in nameless() if nameless is not None else ():
@@ -94,7 +102,9 @@ class _Verification:
             stack.append(found.ident)
         if known is None:
             meanwhile = self._moved(found.attr) or self._changed(entry.parent) or self._now(entry) != found.ident
-            yield self._say(entry, "extra", f"{found.attr.type} {found.ident} is not in the snapshot", meanwhile=meanwhile)
+            yield self._say(
+                entry, "extra", f"{found.attr.type} {found.ident} is not in the snapshot", meanwhile=meanwhile
+            )
         elif known != found.ident:
             meanwhile = self._moved(found.attr) or self._changed(entry.parent) or self._now(entry) != found.ident
             yield self._say(entry, "other", f"is {found.ident}, the snapshot has {known}", meanwhile=meanwhile)
@@ -109,7 +119,9 @@ class _Verification:
         different = [name for name in _COMPARED if getattr(known, name) != getattr(now, name)]
         if not different:
             return
-        detail = "; ".join(f"{name} is {_short(now, name)}, the snapshot has {_short(known, name)}" for name in different)
+        detail = "; ".join(
+            f"{name} is {_short(now, name)}, the snapshot has {_short(known, name)}" for name in different
+        )
         meanwhile = self._moved(now) or self._again(entry, ident, now)
         yield self._say(entry, "attributes", detail, meanwhile=meanwhile)
 
@@ -165,6 +177,41 @@ def _short(attr: Attr, name: str) -> str:
     """A value for people, nothing unescaped: bytes are shown as Python writes them."""
     value = getattr(attr, name)
     if name == "mode":
-        return oct(value)[2:]
+        return f"{value:o}"
     text = str(value) if isinstance(value, (int, str)) else ascii(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+@contextlib.contextmanager
+def head_view(visit: Visit, head: int) -> Iterator[View]:
+    """The view of a partition's newest snapshot: the table, or on btrfs the snapshot itself. Raises OSError, DamageError."""
+    if visit.abilities.backend != "btrfs":
+        yield Table(visit.file.db, visit.tree.root)
+        return
+    directory = os.open(
+        SYSTEM_DIR + b"/" + SNAPSHOTS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=visit.root_fd
+    )
+    try:
+        view = SubvolumeView.open(directory, b"%d" % head)
+    finally:
+        os.close(directory)
+    try:
+        yield view
+    finally:
+        view.close()
+
+
+def nameless(view: View) -> Callable[[], Iterator[Ident]] | None:
+    """What finds a view's objects without a name, None if the view cannot have any."""
+    if not isinstance(view, Table):
+        return None
+
+    def find() -> Iterator[Ident]:
+        rows = view.db.execute(
+            "SELECT ino, gen FROM inode WHERE ino != ? AND NOT EXISTS (SELECT 1 FROM entry WHERE entry.ino = inode.ino)",
+            (view.root.ino,),
+        )
+        for row in rows:
+            yield Ident(*row)
+
+    return find

@@ -161,14 +161,11 @@ def test_any_sequence_is_exact(fs, tmp_path):
     with contextlib.ExitStack() as stack:
         scene = Scene(fs, tmp_path, stack)
 
-        class Machine(Exact):
-            pass
-
-        Machine.scene = scene
+        machine = type("Machine", (Exact,), {"scene": scene})
         if "SNAPFEED_SEED" in os.environ:
-            Machine = seed(int(os.environ["SNAPFEED_SEED"]))(Machine)
+            machine = seed(int(os.environ["SNAPFEED_SEED"]))(machine)
         run_state_machine_as_test(
-            Machine,
+            machine,
             settings=settings(
                 max_examples=SEQUENCES,
                 stateful_step_count=8,

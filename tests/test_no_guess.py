@@ -1,4 +1,4 @@
-"""What cannot be read is not gone: real errors during a reconcile or a look raise, publish nothing, and pass when their cause does."""
+"""What cannot be read is not gone: real errors in a reconcile or a look raise, publish nothing, and pass when their cause does."""
 
 import contextlib
 import os
@@ -91,10 +91,13 @@ def test_an_inode_that_cannot_be_read_is_not_gone(request, fs, kind, how, bad):
             engine.snapshot(Dirty(lost="test"))
         below = {"d/f39": d, "d/e": e, "d": d}[bad]
         hints = [
-            Dirty(objects={ident_ for ident_ in objects}),
+            Dirty(objects=set(objects)),
             Dirty(names=names),
             Dirty(names={n for n in names if n.parent == below}),
-            Dirty(objects={below if bad != "d/f39" else next(iter(objects))}, names={Name(below, b"f39"), Name(below, b"g39")}),
+            Dirty(
+                objects={below if bad != "d/f39" else next(iter(objects))},
+                names={Name(below, b"f39"), Name(below, b"g39")},
+            ),
         ]
         for dirty in hints:
             with pytest.raises(TROUBLE):

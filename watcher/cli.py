@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from comparer.errors import OperatorError, SnapfeedError
 
-from . import command_ask, command_disk, command_run, command_tail
+from . import command_ask, command_disk, command_run, command_tail, command_verify
 from .config import SOCKET
 from .pipeline import describe
 from .units import parse_duration, parse_size
@@ -150,6 +150,14 @@ def build() -> argparse.ArgumentParser:
     made.add_argument("partition", metavar="PARTITION")
     made.add_argument("first", metavar="A", type=int, help="the older snapshot's number")
     made.add_argument("last", metavar="B", type=int, help="the newer one's")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "verify", command_verify.verify, "compare the last snapshot with everything that is there; exit 1 if they disagree",
+        "snapfeed verify data", "snapfeed verify /data --json",
+    )  # fmt: skip
+    made.add_argument("partition", metavar="PARTITION")
     _add_socket(made)
     _add_json(made)
 

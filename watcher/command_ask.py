@@ -9,12 +9,14 @@ import orjson
 
 from comparer.errors import OperatorError
 from feed.encode import decode_change
+from feed.pages import chunk_limit
 from snapshotter.partition import Partition, adopted, is_adopted, partition_at
 from snapshotter.visit import Visit
 
 from .control import NoDaemonError, ask
 from .render import change_line
-from .service import check_span, read_page, snapshot_row
+from .service import check_span, snapshot_row
+from .spans import squashed_pages
 from .units import format_duration, format_size
 
 
@@ -119,19 +121,17 @@ def _or_directly(options: argparse.Namespace, verb: str, **fields: Any) -> Itera
 
 
 def _directly(verb: str, fields: dict[str, Any]) -> Iterator[Any]:
-    with Visit(_find(fields["partition"])) as visit:
+    with Visit(find_partition(fields["partition"])) as visit:
         if verb == "snapshots":
             for row in visit.file.snapshots():
                 yield snapshot_row(row)
             return
         check_span(visit.file, fields["from"], fields["to"])
-        seq, page = fields["from"] + 1, 1
-        while seq <= fields["to"]:
-            body, seq, page = read_page(visit.file, seq, page)
-            yield orjson.loads(b"[" + body + b"]")
+        for chunk in squashed_pages(visit.file, fields["from"], fields["to"], chunk_limit()):
+            yield orjson.loads(b"[" + chunk.data + b"]")
 
 
-def _find(name: str) -> Partition:
+def find_partition(name: str) -> Partition:
     """A mounted, adopted partition by mount point or UUID. Raises OperatorError."""
     found = next((p for p in adopted() if p.uuid == name), None)
     if found is not None:

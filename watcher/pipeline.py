@@ -142,6 +142,10 @@ class Pipeline:
         """Run a function over the open system file, in the partition's thread. Raises SnapfeedError."""
         return await self._visit(lambda visit: function(visit.file))
 
+    async def in_visit(self, function: Callable[[Visit], T]) -> T:
+        """Run a function over a visit to the partition, in the partition's thread. Raises SnapfeedError, OSError."""
+        return await self._visit(function)
+
     async def close(self) -> None:
         if self.outbox is not None:
             await self.outbox.flush()

@@ -11,10 +11,13 @@ import orjson
 
 from comparer.errors import SnapfeedError
 from feed.commands import Command, CommandError, Executed, RateLimit, answer, parse_command
+from feed.pages import chunk_limit
 from feed.requests import Request
 from snapshotter.systemfile import SystemFile
 
 from .pipeline import Pipeline, describe
+from .spans import Span
+from .verification import watched
 from .work import Done
 
 log = logging.getLogger(__name__)
@@ -148,15 +151,18 @@ class Service:
             (pipeline,) = self.find([_text(document, "partition")])
             first, last = _seq(document, "from"), _seq(document, "to")
             await pipeline.in_file(lambda file: check_span(file, first, last))
-            seq, page = first + 1, 1
-            while seq <= last:
-                body, seq, page = await pipeline.in_file(lambda file, s=seq, n=page: read_page(file, s, n))  # type: ignore[misc]
-                if body:
-                    yield orjson.Fragment(b"[" + body + b"]")
+            span = Span(first, last, chunk_limit())
+            while (chunk := await pipeline.in_file(span.step)) is not None:
+                if chunk.count:
+                    yield orjson.Fragment(b"[" + chunk.data + b"]")
         elif verb == "reconcile":
             for pipeline in self.find([_text(document, "partition")]):
                 pipeline.reconcile("asked for")
                 yield snapshot_data(pipeline, await pipeline.snapshot())
+        elif verb == "verify":
+            (pipeline,) = self.find([_text(document, "partition")])
+            async for item in watched(pipeline):
+                yield item
         else:
             raise CommandError(f"unknown command {ascii(verb)[:80]}")
 
@@ -204,12 +210,3 @@ def check_span(file: SystemFile, first: int, last: int) -> None:
             raise CommandError(f"snapshot {seq} is not kept; kept are: {known}")
     if first > last:
         raise CommandError(f"snapshot {first} is newer than {last}; give the older one first")
-
-
-def read_page(file: SystemFile, seq: int, page: int) -> tuple[bytes, int, int]:
-    """One page's changes, and where to go on: (body, seq, page)."""
-    diff = file.diff(seq)
-    if diff is None or page > diff.pages:
-        return b"", seq + 1, 1
-    _, body = file.page(seq, page)
-    return (body, seq, page + 1) if page < diff.pages else (body, seq + 1, 1)

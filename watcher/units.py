@@ -46,7 +46,7 @@ def format_size(size: int) -> str:
     """`1.5 MiB`."""
     amount = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(amount) < 1024:
+        if abs(round(amount, 1)) < 1024:
             return f"{amount:.0f} {unit}" if unit == "B" or amount == int(amount) else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
