@@ -107,7 +107,16 @@ def uuid_of(path: bytes | int, fs_type: str) -> str | None:
 
 
 def is_adopted(path: bytes) -> bool:
-    return os.path.lexists(os.path.join(path, SYSTEM_DIR, SYSTEM_FILE))
+    """Whether there is a system file. Raises OperatorError if one may not look."""
+    try:
+        os.lstat(os.path.join(path, SYSTEM_DIR, SYSTEM_FILE))
+    except PermissionError as error:
+        raise OperatorError(
+            f"{os.fsdecode(path)!r}: no permission to its system directory; run as its owner (root)"
+        ) from error
+    except OSError:
+        return False
+    return True
 
 
 def adopted() -> list[Partition]:
@@ -121,7 +130,7 @@ def adopted() -> list[Partition]:
             if not is_adopted(mount.path) or not _whole(mount):
                 continue
             uuid = uuid_of(mount.path, mount.fs_type)
-        except OSError:
+        except (OSError, OperatorError):
             continue  # unmounted since, or not ours to read: not visited
         key = uuid or f"{mount.dev}{os.fsdecode(mount.root)}"
         found.setdefault(key, Partition(mount.path, mount.fs_type, mount.source, uuid))

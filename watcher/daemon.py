@@ -64,12 +64,13 @@ class Daemon:
         tasks: list[asyncio.Task[None]] = []
         watch: MountWatch | None = None
         try:
+            found = self._wanted(start=True)
             broker = await self._broker()
             self._publisher = Publisher(
                 broker, version=version("snapfeed"), handler=self._service.handle, on_status=self._feed_status
             )
             watch = MountWatch(self.rescan)
-            for wanted in self._wanted(start=True):
+            for wanted in found:
                 self._add(wanted)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)

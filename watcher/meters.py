@@ -12,7 +12,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Literal, Protocol
 
 SECTOR = 512  # the unit of /sys/dev/block/*/stat, whatever the device's sectors are
 
@@ -32,6 +32,14 @@ class Meter(Protocol):
         """True if a write counts at once (XFS statistics), False if at writeback (block devices)."""
 
     @property
+    def settles(self) -> Literal["begun", "captured", "done"]:
+        """Which moment of a snapshot divides what belongs to it from what belongs to the next one.
+
+        `begun`: its beginning, less our own writes (a write counts at once). `captured`: when it had its data, which it flushed.
+        `done`: its end, because what is counted late, and what our own commit costs the device, cannot be told apart.
+        """
+
+    @property
     def waiting(self) -> int:
         """How many bytes of the last reading are in memory still, and came after the snapshot, which flushes (btrfs)."""
 
@@ -41,6 +49,7 @@ class XfsMeter:
 
     kind = "xfs"
     immediate = True
+    settles: Literal["begun", "captured", "done"] = "begun"
     waiting = 0
 
     def __init__(self, device: str) -> None:
@@ -63,6 +72,7 @@ class Ext4Meter:
 
     kind = "ext4"
     immediate = False
+    settles: Literal["begun", "captured", "done"] = "done"
     waiting = 0
 
     def __init__(self, device: str, block_size: int = 4096) -> None:
@@ -83,6 +93,7 @@ class BtrfsMeter:
 
     kind = "btrfs"
     immediate = False
+    settles: Literal["begun", "captured", "done"] = "captured"
     waiting = 0
 
     def __init__(self, directory: str) -> None:
@@ -105,6 +116,7 @@ class BlockMeter:
 
     kind = "blockdev"
     immediate = False
+    settles: Literal["begun", "captured", "done"] = "done"
     waiting = 0
 
     def __init__(self, path: str, *, all_below: bool = False) -> None:
@@ -131,6 +143,7 @@ class GrowthMeter:
 
     kind = "growth"
     immediate = True
+    settles: Literal["begun", "captured", "done"] = "begun"
     waiting = 0
 
     def __init__(self, root: bytes) -> None:
@@ -260,16 +273,21 @@ class Volume:
         """A snapshot begins: what is written from now on belongs to the next one."""
         self._begun = self._readings()
 
+    def captured(self) -> None:
+        """The snapshot has its data: what a sync of its own wrote belongs to it, what waits in memory by now does not."""
+        if self._begun is None:
+            raise ValueError("captured without begin")
+        self._begun.update((m, now - m.waiting) for m, now in self._readings().items() if m.settles == "captured")
+
     def settle(self, own: int) -> None:
         """The snapshot begun is done, with `own` bytes written for it by ourselves.
 
-        An immediate meter counted them since `begin`; one that counts at writeback starts anew, because the snapshot's
-        own sync has flushed what belonged to it, but for what waits in memory by now. Raises ValueError without a `begin`.
+        What was written since belongs to the next one; each meter says since when. Raises ValueError without a `begin`.
         """
         if self._begun is None:
             raise ValueError("settle without begin")
         for meter, now in self._readings().items():
-            self._base[meter] = min(now, self._begun.get(meter, now) + own) if meter.immediate else now - meter.waiting
+            self._base[meter] = now if meter.settles == "done" else min(now, self._begun.get(meter, now) + own)
         self._begun = None
         self._floor = 0
 

@@ -393,7 +393,9 @@ class Pipeline:
         order = Order(trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit)
         try:
             self._busy = True
-            done = await self._visit(lambda visit: take(visit, order, more, self._progress(loop)))
+            done = await self._visit(
+                lambda visit: take(visit, order, more, self._progress(loop), self._volume.captured)
+            )
         except BaseException as error:
             self._dirty.merge(everything)
             self._volume.abandon()

@@ -60,8 +60,14 @@ def thread_io() -> tuple[int, int]:
     return int(fields["rchar"]), int(fields["wchar"])
 
 
-def take(visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callable[[int], None]) -> Done:
-    """Take a snapshot, or find that nothing changed.
+def take(
+    visit: Visit,
+    order: Order,
+    more: Callable[[], Dirty],
+    progress: Callable[[int], None],
+    captured: Callable[[], None] = lambda: None,
+) -> Done:
+    """Take a snapshot, or find that nothing changed. `captured` is called, in this thread, when the snapshot has its data.
 
     Raises OSError, TransientError, DamageError; the partition is then as it was, but for what `sweep` removes.
     """
@@ -75,6 +81,7 @@ def take(visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callab
         with file.transaction():
             seq, head = file.next_seq(), file.head()
             capture = backend.capture(visit.root_fd, seq, head, order.dirty, more)
+            captured()
             changes = _journal(file, capture, order)
             if changes or head is None:
                 _record(file, backend, capture, order, changes, head)
