@@ -22,7 +22,9 @@ OTHERS = [
 
 def pytest(files: list[str], **environment: str) -> int:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files], check=False, env={**os.environ, **environment}
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files],
+        check=False,
+        env={**os.environ, **environment},
     ).returncode
 
 

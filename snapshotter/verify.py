@@ -43,7 +43,8 @@ def verify(
 ) -> Iterator[Disagreement]:
     """Compare all of `view`, taken when the clock said `taken_ns`, with what is there now.
 
-    Raises OSError for what cannot be read. `nameless` gives the objects the view holds without a name, where it can. Memory grows with directories, not with files.
+    Raises OSError for what cannot be read. `nameless` gives the objects the view holds without a name, where it can. Memory grows
+    with directories, not with files.
     """
     yield from _Verification(tree, view, taken_ns).run(progress)
     for ident in nameless() if nameless is not None else ():

@@ -301,7 +301,7 @@ def test_what_is_printed(xfs, tmp_path):
         shown = running.command("diff", label, "1", str(last)).stdout
         assert harmless(shown)
         assert len(shown.splitlines()) == len(changes)
-        assert "$'new\\nline'" in shown
+        assert "$'moved\\n" in shown
         assert running.facts("diff", label, str(last), str(last)) == []
 
         # what is not there

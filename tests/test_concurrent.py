@@ -18,7 +18,9 @@ WRITERS, SNAPSHOTS = 4, 50
 def hammers(top: Path, *, reflink: bool):
     command = [sys.executable, str(Path(__file__).parent / "hammer.py"), str(top)]
     writers = [
-        subprocess.Popen([*command, str(seed), *(["reflink"] if reflink else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(seed), *(["reflink"] if reflink else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         for seed in range(WRITERS)
     ]
     try:

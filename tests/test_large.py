@@ -1,4 +1,4 @@
-"""Large trees: a directory of many entries made, moved (one record) and removed; paths 1,000 deep; exact, and no file data read."""
+"""Large trees: a directory of many entries made, moved (one record) and removed; paths 1,000 deep."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What cannot be read is not gone: real errors in a reconcile or a look raise, publish nothing, and pass when their cause does."""
+"""What cannot be read is not gone: real errors in a reconcile or a look raise, publish nothing, and pass with their cause."""
 
 import contextlib
 import os

@@ -109,9 +109,9 @@ def test_numbers_and_layout_are_those_of_the_header(tmp_path):
         )
         assert packed.index(value.to_bytes(width, "little")) == theirs[record[name]], name
     at = {name: theirs[text] for name, text in record.items()}
-    words = [at[n] // 8 for n in ("ino", "size", "mtime", "ctime", "gen", "ctime_nsec")]
+    words = [at[n] // 8 for n in ("ino", "size", "ctime", "gen", "ctime_nsec")]
     assert words == list(xfs._FINGER_WORDS)
-    assert [at[n] // 4 for n in ("gid", "nlink", "mode")] == list(xfs._FINGER_HALVES)
+    assert [at[n] // 4 for n in ("nlink",)] == list(xfs._FINGER_HALVES)
     assert (at["ctime"] // 8, at["forkoff"] // 2) == (xfs._CTIME, xfs._FORKOFF)
 
 

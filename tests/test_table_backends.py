@@ -75,10 +75,13 @@ class Engine:
                 with open(self.top + b"/" + path, "rb") as live, open(self.top + b"/" + content, "rb") as kept:
                     fresh[ident] = kept.read()
                     assert live.read() == fresh[ident], path
+        # an object renamed by two names, or through a detour, says what changed with one of its changes
+        told = {}
         for change in changes:
-            detour = change.path.startswith(b".snapfeed-tmp-")  # the rename to its place says what changed
-            if change.ident in fresh and change.ident in self.bytes and change.op in ("modify", "rename") and not detour:
-                self.check_ranges(change, fresh[change.ident])
+            if change.op in ("modify", "rename") and (change.ident not in told or change.ranges is not None):
+                told[change.ident] = change
+        for ident in told.keys() & fresh.keys() & self.bytes.keys():
+            self.check_ranges(told[ident], fresh[ident])
         self.bytes.update(fresh)
         return changes
 
@@ -89,8 +92,7 @@ class Engine:
             return
         copy = bytearray(self.bytes[change.ident][: len(content)].ljust(len(content), b"\xee"))
         for offset, length in change.ranges.cleared if change.ranges else ():
-            length = min(length, len(copy) - offset)
-            copy[offset : offset + length] = bytes(max(0, length))
+            copy[offset : offset + length] = bytes(max(0, min(length, len(copy) - offset)))
         for offset, length in change.ranges.written if change.ranges else ():
             copy[offset : offset + length] = content[offset : offset + length]
         assert bytes(copy) == content, change

