@@ -49,6 +49,7 @@ class Daemon:
         self._service = Service(self)
         self._control = ControlServer(config.socket, self._service)
         self._stale: set[str] = set()
+        self._news = asyncio.Event()
         self._started = time.time()
         self._failed: BaseException | None = None
 
@@ -241,14 +242,18 @@ class Daemon:
 
     def _state_changed(self, pipeline: Pipeline) -> None:
         self._stale.add(pipeline.name)
+        self._news.set()
 
     def _feed_status(self) -> None:
         self._stale.update(self._pipelines)
+        self._news.set()
 
     async def _publish_states(self) -> None:
         """Publish what changed, but no partition's state more often than every 200 ms."""
         assert self._publisher is not None  # noqa: S101 - made before this task is
         while True:
+            await self._news.wait()
+            self._news.clear()
             names, self._stale = self._stale, set()
             for name in names:
                 self._publisher.set_state(name, orjson.dumps(self._document(self._pipelines[name])))
