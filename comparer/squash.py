@@ -63,7 +63,8 @@ class Squash:
         self._alive: dict[Ident, _Node] = {}
         self._gone: dict[Ident, _Node] = {}  # existed at the beginning, and not any more
         self._nameless: set[_Node] = set()
-        self._last: tuple[bytes, _Node] = (b"", self._root)  # the directory that was looked up last
+        # the directory that was looked up last; a change that moves one looks up where it goes, which is not below it
+        self._last: tuple[bytes, _Node] = (b"", self._root)
         if self._root_ident is not None:
             self._alive[self._root_ident] = self._root
 
@@ -221,8 +222,6 @@ class Squash:
         directory = self._last[1]
         del directory.now[name]
         del node.names[directory, name]
-        if node.is_dir:
-            self._last = (b"", self._root)
 
     # ---- the result
 

@@ -187,6 +187,9 @@ def test_five_snapshots_of_work(fs, tmp_path):
         assert [row["seq"] for row in snapfeed.facts("snapshots", part.path)] == [1]
         for seq in range(2, 7):
             work(60)
+            (part.path / f"kept {seq}").write_bytes(
+                os.urandom(5000)
+            )  # something has content, whatever the work has left
             assert snapfeed.snapshot()["seq"] == seq
 
         def ask(first, last):

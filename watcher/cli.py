@@ -139,6 +139,16 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
+        "reconcile",
+        command_ask.reconcile,
+        "compare all metadata of a partition, instead of what events point at, and publish what differs",
+        "snapfeed reconcile data",
+    )
+    made.add_argument("partition", metavar="PARTITION", help="name, mount point or UUID")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
         "thresholds",
         command_ask.thresholds,
         "show or change a partition's thresholds, in its system file",

@@ -40,14 +40,25 @@ def snapshot(options: argparse.Namespace) -> int:
             print(f"snapfeed snapshot: {error}", file=sys.stderr)
             code = 1
             continue
-        if options.json:
-            _print(data)
-        elif data["changes"]:
-            volume = format_size(data["volume"])
-            print(f"{data['partition']}: snapshot {data['seq']}, {data['changes']} changes, {volume} written")
-        else:
-            print(f"{data['partition']}: nothing changed since snapshot {data['seq']}")
+        _show_snapshot(data, as_json=options.json)
     return code
+
+
+def _show_snapshot(data: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print(data)
+    elif data["changes"]:
+        print(
+            f"{data['partition']}: snapshot {data['seq']}, {data['changes']} changes, {format_size(data['volume'])} written"
+        )
+    else:
+        print(f"{data['partition']}: nothing changed since snapshot {data['seq']}")
+
+
+def reconcile(options: argparse.Namespace) -> int:
+    for data in ask(options.socket, "reconcile", partition=options.partition):
+        _show_snapshot(data, as_json=options.json)
+    return 0
 
 
 def thresholds(options: argparse.Namespace) -> int:
