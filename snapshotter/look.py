@@ -38,6 +38,9 @@ class Look:
         self._names: set[Name] = set()  # to be looked at
         self._objects: set[Ident] = set()
         self._places: dict[Ident, Name] = {}  # where a directory was last seen
+        self._seen_as: dict[Ident, list[Name]] = {}  # without handles: the names an object was found under
+        self._was: dict[Name, Ident] = {}  # who had a name that is asked for again
+        self._unreached: set[Name] = set()  # without handles: names in directories that no known path led to
         self._missing: dict[Ident, set[Name]] = {}  # by directory: names found to be nothing
         self._holders: dict[int, Ident] = {}  # by inode number: who was last seen alive with it
 
@@ -67,10 +70,15 @@ class Look:
         for ident in dirty.objects:
             self.attrs.pop(ident, None)
         for name in dirty.names:
-            self.entries.pop(name, None)
-            self._missing.get(name.parent, set()).discard(name)
+            self._ask_again(name)
         self._objects |= dirty.objects
-        self._names |= dirty.names
+
+    def _ask_again(self, name: Name) -> None:
+        earlier = self.entries.pop(name, None)
+        if earlier is not None:
+            self._was.setdefault(name, earlier)
+        self._missing.get(name.parent, set()).discard(name)
+        self._names.add(name)
 
     def _drain(self) -> None:
         while self._objects or self._names:
@@ -94,8 +102,9 @@ class Look:
         if ident == self.tree.root:
             self.attrs[ident] = self.tree.look_at_root()
         elif self.tree.codec is None:
-            # only its names lead to an object: they settle what it is
-            self._names.update(self.old.names(ident))
+            # only its names lead to an object, the old ones and those it was seen under: they settle what it is
+            for name in {*self.old.names(ident), *self._seen_as.get(ident, ())}:
+                self._ask_again(name)
         else:
             self.attrs[ident] = attr = self.tree.look_at(ident)
             if attr is None:
@@ -147,11 +156,16 @@ class Look:
         self.entries[name] = now
         if found is None:
             self._missing.setdefault(name.parent, set()).add(name)
+            if dirfd is None:
+                self._unreached.add(name)
         else:
             self._check_handle(name, dirfd, found.ident)
             self.attrs[found.ident] = found.attr
+            if self.tree.codec is None:
+                self._seen_as.setdefault(found.ident, []).append(name)
             self._supersedes(found.ident)
             if found.attr.type is FileType.DIR:
+                moved = self._places.get(found.ident) != name and self.old.child(*name) != found.ident
                 self._places[found.ident] = name
                 if self.old.attr(found.ident) is None:
                     self._list(found.ident)
@@ -159,12 +173,19 @@ class Look:
                 for entry in self._missing.pop(found.ident, ()):
                     del self.entries[entry]
                     self._names.add(entry)
+                if self.tree.codec is None and moved:
+                    unreached, self._unreached = self._unreached, set()
+                    for entry in unreached:
+                        self._ask_again(entry)
         if before is not None and before != now:
             if self.tree.codec is not None:
                 if before not in self.attrs:
                     self._objects.add(before)
             else:
                 self._elsewhere(before)
+        earlier = self._was.pop(name, None)
+        if self.tree.codec is None and earlier is not None and earlier not in (before, now):
+            self._elsewhere(earlier)
 
     def _check_handle(self, name: Name, dirfd: int | None, ident: Ident) -> None:
         """A name leads to what was gone by its handle: then what it holds must not be taken for gone as well. Raises OSError."""
@@ -178,11 +199,11 @@ class Look:
         return directory in self.attrs and self.attrs[directory] is None
 
     def _elsewhere(self, ident: Ident) -> None:
-        """Without handles: an object left a name; unless another of its names is known, it is gone until one turns up."""
+        """Without handles: an object left a name. Its other names tell what it is now; without any it is gone until one turns up."""
         self.tree.forget(ident)
-        if ident in self.attrs:
-            return
-        self._names.update(n for n in self.old.names(ident) if n not in self.entries)
+        for name in {*self.old.names(ident), *self._seen_as.get(ident, ())}:
+            if self.entries.get(name, ident) == ident:
+                self._ask_again(name)
         if (before := self.old.attr(ident)) is not None and before.type is FileType.DIR and ident not in self._places:
             self._names.update(
                 Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries

@@ -1,5 +1,6 @@
 """Partitions: which they are, how to find them, and what a mounted one can do."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ from comparer.errors import OperatorError, TransientError
 
 from .backends.base import SYSTEM_DIR
 from .linux.btrfs import BTRFS_FIRST_FREE_OBJECTID
-from .linux.fsuuid import fs_uuid
+from .linux.fsuuid import fs_label, fs_uuid
 from .linux.handles import name_to_handle_at
 from .linux.mountinfo import Mount, mounts
+from .root import open_root
 from .systemfile import SYSTEM_FILE
 
 TOP_LEVEL = 5  # BTRFS_FS_TREE_OBJECTID
@@ -92,18 +94,25 @@ def _whole(mount: Mount) -> bool:
 
 def uuid_of(path: bytes | int, fs_type: str) -> str | None:
     """Raises OSError."""
-    if isinstance(path, int):
-        path = b"/proc/self/fd/%d" % path
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as stack:
+        fd = path if isinstance(path, int) else open_root(stack, path)[0]
         found = fs_uuid(fd, fs_type)
         if found is not None and fs_type == "btrfs":
             subvolume = int.from_bytes(name_to_handle_at(fd).data[8:16], "little")
             if subvolume != TOP_LEVEL:
                 return f"{found}:{subvolume}"
         return found
-    finally:
-        os.close(fd)
+
+
+def label_of(partition: Partition) -> str | None:
+    """The file system's label; None for a directory, or if there is none."""
+    if partition.kind != "partition":
+        return None
+    try:
+        with contextlib.ExitStack() as stack:
+            return fs_label(open_root(stack, partition.path)[0])
+    except OSError:
+        return None
 
 
 def is_adopted(path: bytes) -> bool:

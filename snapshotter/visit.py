@@ -6,7 +6,6 @@ as the visit lasts; visits are short.
 """
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -23,14 +22,12 @@ from .fill_xfs import BULKSTAT
 from .linux.fiemap import ficlone
 from .linux.handles import Codec, UnknownHandleError, name_to_handle_at, open_by_handle_at
 from .linux.identity import Identifier
-from .linux.mount_api import open_tree_clone
 from .live import LiveTree
 from .partition import Partition, uuid_of
+from .root import open_root
 from .scan import WALK
 from .systemfile import SYSTEM_FILE, SystemFile
 from .table import Table
-
-_REFUSED = (errno.EPERM, errno.ENOSYS, errno.EINVAL)
 
 
 class Abilities(NamedTuple):
@@ -39,25 +36,6 @@ class Abilities(NamedTuple):
     backend: str
     by_handle: bool
     private_mount: bool
-
-
-def open_root(stack: contextlib.ExitStack, path: bytes, *, private: bool = True) -> tuple[int, bool]:
-    """A descriptor of a mount's root, open until `stack` ends, and whether the mount is a private one. Raises OSError."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    if private:
-        try:
-            mount = open_tree_clone(path)
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
-        else:
-            stack.callback(os.close, mount)  # the mount lives as long as this descriptor
-            root = os.open(b".", flags, dir_fd=mount)
-            stack.callback(os.close, root)
-            return root, True
-    root = os.open(path, flags)
-    stack.callback(os.close, root)
-    return root, False
 
 
 def probe(partition: Partition, root_fd: int, *, private: bool) -> Abilities:

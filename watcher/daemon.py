@@ -19,8 +19,7 @@ from feed.broker import BrokerConfig
 from feed.embedded import EmbeddedBroker
 from feed.pages import Envelope, chunk_limit
 from feed.publisher import Publisher
-from snapshotter.linux.fsuuid import fs_label
-from snapshotter.partition import Partition, adopted, is_adopted, partition_at
+from snapshotter.partition import Partition, adopted, is_adopted, label_of, partition_at
 
 from .config import Config, partition_name
 from .control import ControlServer
@@ -168,7 +167,7 @@ class Daemon:
         assert self._publisher is not None  # noqa: S101 - made before partitions are
         mount = os.fsdecode(partition.path)
         configured = self.config.of(mount)
-        name = partition_name(configured.name, _label(partition), mount)
+        name = partition_name(configured.name, label_of(partition), mount)
         plain, number = name, 2
         while name in self._pipelines:
             name, number = f"{plain[:60]}-{number}", number + 1
@@ -306,14 +305,3 @@ class Reload:
 
         config = load(self._path) if self._path else Config()
         return self._adjust(config)  # type: ignore[no-any-return]
-
-
-def _label(partition: Partition) -> str | None:
-    try:
-        fd = os.open(partition.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return fs_label(fd) if partition.kind == "partition" else None
-    finally:
-        os.close(fd)
