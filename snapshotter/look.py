@@ -199,7 +199,7 @@ class Look:
         return directory in self.attrs and self.attrs[directory] is None
 
     def _elsewhere(self, ident: Ident) -> None:
-        """Without handles: an object left a name. Its other names tell what it is now; without any it is gone until one turns up."""
+        """Without handles: an object left a name. Its other names tell what it is now; without any it is gone."""
         self.tree.forget(ident)
         for name in {*self.old.names(ident), *self._seen_as.get(ident, ())}:
             if self.entries.get(name, ident) == ident:
