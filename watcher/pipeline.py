@@ -29,7 +29,7 @@ from .triggers import Due, Facts, Trigger, decide, next_look
 from .work import Done, Order, sweep, take, thread_io, touch_canary
 
 log = logging.getLogger(__name__)
-POLL = 1.0  # seconds between two readings of the meters when nothing happens
+POLL = (1.0, 8.0)  # seconds between two readings of the meters: while something happens, and at most when nothing does
 SILENT = 8 << 20  # bytes written without any event that are a reason to look
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
 T = TypeVar("T")
@@ -93,6 +93,7 @@ class Pipeline:
         self._own = 0  # bytes we wrote since the last snapshot, beside its own
         self._fresh = True
         self._last = 0.0
+        self._poll, self._seen_volume = POLL[0], 0
         self._checked = 0.0
         self._again = 0
         self._busy = False
@@ -330,7 +331,7 @@ class Pipeline:
             due = decide(facts)
             if due is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), next_look(facts, POLL))
+                    await asyncio.wait_for(self._wake.wait(), self._next_look(facts))
             elif due.trigger is None:
                 self._heartbeat(Trigger.TIME)
             else:
@@ -353,6 +354,13 @@ class Pipeline:
             fresh=self._fresh,
             check_due=now - self._checked >= self.rules.reconcile,
         )
+
+    def _next_look(self, facts: Facts) -> float:
+        """Seconds to wait if no event comes; longer and longer while the meters stand still."""
+        quiet = not facts.events and facts.volume == self._seen_volume
+        self._poll = min(self._poll * 1.5, POLL[1]) if quiet else POLL[0]
+        self._seen_volume = facts.volume
+        return next_look(facts, self._poll)
 
     def _heartbeat(self, trigger: str) -> None:
         self._last = time.monotonic()
