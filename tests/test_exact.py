@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from broker_processes import collector, mosquitto
-from consumer import Consumer
+from consumer import Consumer, name
 from daemon_process import HOST, daemon
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
@@ -57,6 +57,11 @@ class Scene:
         try:
             self.catch_up(answer["epoch"], answer["seq"])
             self.consumer.compare(self.top)
+            for change in self.consumer.diffs[-1]["changes"]:
+                if change["content"] is not None:
+                    assert change["type"] == "file"
+                    kept = os.stat(os.path.join(os.fsencode(self.top), name(change, "content")))
+                    assert kept.st_size == int(change["after"]["size"]), change
             assert comparable(walk(self.real.top)) == comparable(walk(self.top))
         except BaseException as error:
             self.broken = error

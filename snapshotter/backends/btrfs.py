@@ -139,7 +139,16 @@ class BtrfsBackend:
 
         def content(ident: Ident, name: bytes) -> bytes | None:
             attr = new.attr(ident)
-            return path + b"/" + name if attr is not None and attr.type is FileType.FILE else None
+            if attr is None or attr.type is not FileType.FILE:
+                return None
+            if capture.old is None:
+                return path + b"/" + name
+            # a step may speak of a name that a later one changes; the snapshot has those of the end
+            for last in new.names(ident):
+                prefix = new.path(last.parent)
+                if prefix is not None:
+                    return b"/".join((path, prefix, last.name) if prefix else (path, last.name))
+            return None
 
         capture = Capture(seq, None, new, content=content, snapshot=path, excluded=_excluded(root, new))
         self.last_search = None
