@@ -10,7 +10,7 @@ from comparer.errors import OperatorError
 from . import witness
 from .backends.base import SYSTEM_DIR
 from .backends.btrfs import BtrfsBackend
-from .partition import Partition, is_adopted
+from .partition import PSEUDO, Partition, is_adopted
 from .systemfile import SYSTEM_FILE, Settings, SystemFile
 
 IO_THRESHOLD = 64 << 20  # bytes
@@ -24,6 +24,10 @@ def adopt(
     shown = os.fsdecode(partition.path)
     if is_adopted(partition.path):
         raise OperatorError(f"{shown!r} is adopted already; change its thresholds with `snapfeed thresholds {shown}`")
+    if partition.kind == "partition" and partition.fs_type in PSEUDO:
+        raise OperatorError(
+            f"{shown!r} is a file system of the kernel's own ({partition.fs_type}); give one that holds data"
+        )
     settings = Settings(
         str(uuid.uuid4()), partition.uuid or str(uuid.uuid4()), partition.kind, io_threshold, time_threshold, now_ns
     )

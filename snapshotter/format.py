@@ -69,6 +69,8 @@ def contents(real: str) -> str | None:
         return None
     if done.returncode == 0:
         found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+        if not found.keys() & {"TYPE", "PTTYPE", "USAGE"}:
+            return None  # what is said is of its entry in the partition table
         kind = found.get("TYPE") or f"{found.get('PTTYPE', 'unknown')} partition table"
         label = f", label {found['LABEL']!r}" if "LABEL" in found else ""
         return f"{kind}{label}"
@@ -93,7 +95,18 @@ def make(real: str, fs: str, label: str | None) -> None:
         errors="replace",
     )
     if done.returncode:
-        raise OperatorError(f"{MKFS[fs][0]} failed on {real}: {done.stderr.strip()}")
+        said = next((line.strip() for line in done.stderr.splitlines() if line.strip()), "no word of it")
+        raise OperatorError(f"{MKFS[fs][0]} failed on {real}: {said}")
+
+
+def check_mount(directory: str) -> None:
+    """Whether something can be mounted there. Raises OperatorError."""
+    if os.path.lexists(directory) and not os.path.isdir(directory):
+        raise OperatorError(f"--mount: {directory} is not a directory; nothing was changed; give a directory")
+    if os.path.ismount(directory):
+        raise OperatorError(
+            f"--mount: something is mounted at {directory}; nothing was changed; give another directory"
+        )
 
 
 def mount(real: str, fs: str, directory: str) -> None:

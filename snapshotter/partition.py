@@ -106,8 +106,8 @@ def uuid_of(path: bytes | int, fs_type: str) -> str | None:
 
 def label_of(partition: Partition) -> str | None:
     """The file system's label; None for a directory, or if there is none."""
-    if partition.kind != "partition":
-        return None
+    if partition.kind != "partition" or (partition.uuid is not None and ":" in partition.uuid):
+        return None  # subvolumes share the label of their file system
     try:
         with contextlib.ExitStack() as stack:
             return fs_label(open_root(stack, partition.path)[0])
@@ -126,6 +126,15 @@ def is_adopted(path: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+def still_mounted(partition: Partition) -> bool:
+    """Whether a partition is what one sees at its mount point."""
+    mount = topmost(partition.path)
+    try:
+        return mount is not None and _whole(mount) and uuid_of(partition.path, mount.fs_type) == partition.uuid
+    except OSError:
+        return False
 
 
 def adopted() -> list[Partition]:

@@ -95,15 +95,24 @@ class SystemFile:
         """Make a new system file; raises OperatorError if there is one."""
         if os.path.lexists(path):
             raise OperatorError(f"{os.fsdecode(path)!r} exists already: the partition is adopted")
-        with translated(path):
-            made = cls(_connect(path, "rwc"), path)
-            made.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            made._prepare()
-            made._migrate(0)
-            with made.transaction():
-                values = {**settings._asdict(), "next_seq": 1, "acknowledged_seq": 0, "acknowledged_page": 0}
-                made.db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
-        os.chmod(path, 0o600)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        made: Self | None = None
+        try:
+            with translated(path):
+                made = cls(_connect(path, "rw"), path)
+                made.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                made._prepare()
+                made._migrate(0)
+                with made.transaction():
+                    values = {**settings._asdict(), "next_seq": 1, "acknowledged_seq": 0, "acknowledged_page": 0}
+                    made.db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
+        except BaseException:  # half of one is worse than none
+            if made is not None:
+                made.close()
+            for suffix in (b"", b"-wal", b"-journal"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path + suffix)
+            raise
         return made
 
     @classmethod
@@ -183,10 +192,12 @@ class SystemFile:
         with translated(self.path):
             return Settings(*(self._meta(name) for name in Settings._fields))
 
-    def set_thresholds(self, io_threshold: int, time_threshold: float) -> None:
+    def set_thresholds(self, io_threshold: int | None, time_threshold: float | None) -> None:
+        """Bytes and seconds; None leaves one as it is."""
         with self.transaction():
-            self._set_meta("io_threshold", io_threshold)
-            self._set_meta("time_threshold", time_threshold)
+            for key, value in (("io_threshold", io_threshold), ("time_threshold", time_threshold)):
+                if value is not None:
+                    self._set_meta(key, value)
 
     # ---- snapshots
 

@@ -128,6 +128,8 @@ class Visit:
             ) from error
         except PermissionError as error:
             raise OperatorError(f"{shown!r}: no permission to its system file: run as its owner (root)") from error
+        if os.fstatvfs(self.root_fd).f_flag & os.ST_RDONLY:
+            raise TransientError(f"{shown!r} is mounted read-only; remount it writable")
         file = SystemFile.open(self.partition.system_file, check=self._check)
         try:
             seen = os.stat(self.partition.system_file)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparer.errors import OperatorError
-from watcher.units import LONGEST, format_duration, format_size, parse_duration, parse_size
+from watcher.units import LARGEST, LONGEST, format_duration, format_size, parse_duration, parse_size
 
 SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "KB": 10**3, "MB": 10**6, "K": 1 << 10}
 DURATIONS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -40,6 +40,7 @@ def test_durations(text, seconds):
 
 @given(st.integers(1, 10**6), st.sampled_from(sorted(SIZES)))
 def test_every_size_unit_is_exact(number, unit):
+    number = min(number, LARGEST // SIZES[unit])
     assert parse_size(f"{number}{unit}") == number * SIZES[unit]
     assert parse_size(f"{number} {unit.lower()}") == number * SIZES[unit]
 

@@ -30,6 +30,15 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _number(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {least}")
+        return int(text)
+
+    return number
+
+
 def _threshold(text: str) -> str:
     """Checked, and left as written: the daemon reads it."""
     _duration(text)
@@ -177,8 +186,8 @@ def build() -> argparse.ArgumentParser:
         "snapfeed diff data 41 42", "snapfeed diff /data 40 42 --json",
     )  # fmt: skip
     made.add_argument("partition", metavar="PARTITION")
-    made.add_argument("first", metavar="A", type=int, help="the older snapshot's number")
-    made.add_argument("last", metavar="B", type=int, help="the newer one's")
+    made.add_argument("first", metavar="A", type=_number(0), help="the older snapshot's number")
+    made.add_argument("last", metavar="B", type=_number(0), help="the newer one's")
     _add_socket(made)
     _add_json(made)
 
@@ -197,7 +206,7 @@ def build() -> argparse.ArgumentParser:
     made.add_argument("filter", nargs="?", metavar="FILTER", help="topic filter (snapfeed/+/+/changes)")
     _add_broker(made)
     _add_socket(made)
-    made.add_argument("--count", type=int, metavar="N", help="stop after N diffs")
+    made.add_argument("--count", type=_number(1), metavar="N", help="stop after N diffs")
     _add_json(made)
 
     made = command(

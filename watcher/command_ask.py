@@ -29,7 +29,10 @@ def snapshot(options: argparse.Namespace) -> int:
     names = options.partitions
     if not names:
         (found,) = ask(options.socket, "status", timeout=10)
-        names = [p["partition"] for p in found["partitions"]]
+        names = [p["partition"] for p in found["partitions"] if p["state"] != "unmounted"]
+        for p in found["partitions"]:
+            if p["state"] == "unmounted":
+                print(f"snapfeed snapshot: {p['partition']} is left out: not mounted", file=sys.stderr)
     code = 0
     for name in names:
         try:

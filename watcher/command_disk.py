@@ -25,6 +25,8 @@ def format_device(options: argparse.Namespace) -> int:
     """Make, mount, adopt; what destroys asks first."""
     device = formatting.check_device(options.device)
     formatting.check_tools(options.fs, options.label)
+    if options.mount:
+        formatting.check_mount(options.mount)
     held = formatting.contents(device)
     if held is not None and not options.force:
         raise OperatorError(f"{options.device} holds {held}; nothing was changed; --force destroys it")
@@ -41,13 +43,16 @@ def format_device(options: argparse.Namespace) -> int:
         settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
         _say(options, partition, settings, options.device)
         return 0
-    with tempfile.TemporaryDirectory(prefix="snapfeed-") as directory:
+    directory = tempfile.mkdtemp(prefix="snapfeed-")
+    try:
         formatting.mount(device, options.fs, directory)
         try:
             partition = partition_at(directory)
             settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
         finally:
             formatting.unmount(directory)
+    finally:
+        os.rmdir(directory)  # never more than that: it may be mounted still
     _say(options, partition, settings, options.device)
     return 0
 

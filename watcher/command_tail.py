@@ -7,6 +7,7 @@ import time
 
 import orjson
 
+from comparer.errors import OperatorError
 from feed.broker import BrokerConfig, check
 from feed.escape import printable
 from feed.subscriber import Damage, Diff, Gap, Subscriber
@@ -25,15 +26,24 @@ def _broker(options: argparse.Namespace) -> BrokerConfig:
         (found,) = ask(options.socket or SOCKET, "status", timeout=5)
     except NoDaemonError:
         return BrokerConfig()
-    return BrokerConfig(url=found["broker"]["url"])
+    return BrokerConfig(url=found["broker"]["url"], base=found["broker"]["base"])
 
 
 def tail(options: argparse.Namespace) -> int:
+    if options.filter is not None and not valid_filter(options.filter):
+        raise OperatorError(f"FILTER: {options.filter!r} is no topic filter; write one such as 'snapfeed/+/+/changes'")
     try:
         asyncio.run(_tail(_broker(options), options))
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def valid_filter(text: str) -> bool:
+    """MQTT 5.0, 4.7.1: `+` and `#` stand alone in their level, `#` in the last one."""
+    levels = text.split("/")
+    good = all(level in ("+", "#") or not set(level) & {"+", "#"} for level in levels)
+    return good and "#" not in levels[:-1] and 0 < len(text.encode()) < 65536 and "\0" not in text
 
 
 async def _tail(broker: BrokerConfig, options: argparse.Namespace) -> None:

@@ -49,7 +49,9 @@ class Config:
 
     def of(self, mount: str) -> PartitionConfig:
         """What is configured for a mount point."""
-        return next((p for p in self.partitions if p.mount == mount), PartitionConfig(mount))
+        return next(
+            (p for p in self.partitions if mount in (p.mount, os.path.realpath(p.mount))), PartitionConfig(mount)
+        )
 
 
 def _text(value: Any, where: str) -> str:

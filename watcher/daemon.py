@@ -19,7 +19,7 @@ from feed.broker import BrokerConfig
 from feed.embedded import EmbeddedBroker
 from feed.pages import Envelope, chunk_limit
 from feed.publisher import Publisher
-from snapshotter.partition import Partition, adopted, is_adopted, label_of, partition_at
+from snapshotter.partition import Partition, adopted, is_adopted, label_of, partition_at, still_mounted
 
 from .config import Config, partition_name
 from .control import ControlServer
@@ -49,6 +49,7 @@ class Daemon:
         self._control = ControlServer(config.socket, self._service)
         self._stale: set[str] = set()
         self._news = asyncio.Event()
+        self._told: set[str] = set()  # mount points that were said to be served by another name
         self._started = time.time()
         self._failed: BaseException | None = None
 
@@ -71,7 +72,7 @@ class Daemon:
             )
             watch = MountWatch(self.rescan)
             for wanted in found:
-                self._add(wanted)
+                self._found(wanted)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)
             loop.add_signal_handler(signal.SIGHUP, self._reload_config)
@@ -211,8 +212,23 @@ class Daemon:
         known = {(p.partition.path, p.partition.uuid) for p in self._pipelines.values()}
         for partition in self._wanted():
             if (partition.path, partition.uuid) not in known:
-                log.info("found %s", os.fsdecode(partition.path))
-                self._add(partition)
+                self._found(partition)
+
+    def _found(self, partition: Partition) -> None:
+        """Serve what was not served, or not there; a file system that is served needs no second mount point."""
+        path = os.fsdecode(partition.path)
+        same = next(
+            (p for p in self._pipelines.values() if partition.uuid and p.partition.uuid == partition.uuid), None
+        )
+        if same is None:
+            log.info("found %s", path)
+            self._add(partition)
+        elif not still_mounted(same.partition):
+            log.info("%s: mounted at %s now", same.name, path)
+            same.moved(partition)
+        elif path not in self._told:
+            self._told.add(path)
+            log.warning("%s is served already, as %s at %s", path, same.name, same.state.mount)
 
     def _opened(self, outbox: JournalOutbox) -> None:
         if self._publisher is not None:
@@ -282,6 +298,7 @@ class Daemon:
             "resident": resident,
             "broker": {
                 "url": publisher.config.url,
+                "base": publisher.config.base,
                 "embedded": self._embedded is not None,
                 "connected": publisher.connected,
                 "error": publisher.last_error,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from comparer.errors import DamageError, OperatorError, SnapfeedError, Transient
 from feed.escape import printable
 from feed.pages import Envelope
 from snapshotter.adopt import quarantine
-from snapshotter.partition import Partition
+from snapshotter.partition import Partition, still_mounted
 from snapshotter.systemfile import Settings, SystemFile
 from snapshotter.visit import Abilities, Visit
 
@@ -87,6 +88,7 @@ class Pipeline:
         self._reconcile: str | None = None
         self._abilities: Abilities | None = None
         self._source: EventSource | None = None
+        self._owner: socket.socket | None = None
         self._given = (0, 0.0)  # the system file's thresholds
         self._volume = Volume([])
         self._dirty = Dirty()
@@ -108,6 +110,12 @@ class Pipeline:
         self._commands.append(future)
         self._wake.set()
         return await future
+
+    def moved(self, partition: Partition) -> None:
+        """The same file system is mounted somewhere else now."""
+        self.partition = partition
+        self.state.mount = printable_path(partition.path)
+        self.mounts_changed()
 
     def reconcile(self, reason: str) -> None:
         """Compare everything with the next snapshot, which is due at once."""
@@ -199,9 +207,7 @@ class Pipeline:
     def _mounted(self) -> bool:
         if self.partition.kind == "directory":
             return os.path.isdir(self.partition.path)
-        from snapshotter.partition import adopted  # noqa: PLC0415
-
-        return any(p.path == self.partition.path and p.uuid == self.partition.uuid for p in adopted())
+        return still_mounted(self.partition)
 
     async def _until_mounted(self) -> None:
         while not self._mounted():
@@ -229,7 +235,22 @@ class Pipeline:
                 future.set_exception(TransientError(f"{self.name}: {state}: {reason}"))
         self._changed(self)
 
+    def _claim(self, uuid: str) -> None:
+        """One daemon for a partition: a socket in the abstract name space, which ends with its process. Raises OperatorError."""
+        if self._owner is not None:
+            return
+        owner = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            owner.bind(f"\0snapfeed-{uuid}")
+        except OSError as error:
+            owner.close()
+            raise OperatorError("it is served by another snapfeed daemon already; stop one of them") from error
+        self._owner = owner
+
     def _detach(self) -> None:
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
         if self._source is not None:
             self._source.close()
             self._source = None
@@ -264,6 +285,7 @@ class Pipeline:
             return visit.abilities, visit.file.settings(), visit.file.head(), visit.file.backlog(), backend.consistency
 
         abilities, settings, head, backlog, consistency = await self._visit(look, check=True)
+        self._claim(settings.uuid)
         self._abilities, state = abilities, self.state
         state.epoch, state.head, state.backlog = settings.epoch, head, backlog
         self.set_thresholds(settings.io_threshold, settings.time_threshold)

@@ -123,11 +123,7 @@ class Service:
         )
         for pipeline in targets:
             if io is not None or seconds is not None:
-                await pipeline.in_file(
-                    lambda file, p=pipeline: file.set_thresholds(  # type: ignore[misc]
-                        io or p.state.io_threshold, seconds or p.state.time_threshold
-                    )
-                )
+                await pipeline.in_file(lambda file: file.set_thresholds(io, seconds))
                 pipeline.set_thresholds(io, seconds)
         return [
             {"partition": p.name, "io_threshold": p.state.io_threshold, "time_threshold": p.state.time_threshold}

@@ -19,6 +19,7 @@ _SIZE = {
 _SIZE |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _DURATION = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*\Z")
+LARGEST = 1 << 53  # bytes: what JSON numbers hold exactly
 LONGEST = 366 * 86400.0
 
 
@@ -26,9 +27,9 @@ def parse_size(text: str | int, where: str = "size") -> int:
     """Bytes, at least 1. Raises OperatorError naming `where`."""
     match = _NUMBER.match(str(text)) if not isinstance(text, bool) else None
     factor = _SIZE.get(match[2].upper()) if match else None
-    if match is None or factor is None or int(float(match[1]) * factor) < 1:
+    if match is None or factor is None or not 1 <= float(match[1]) * factor <= LARGEST:
         raise OperatorError(
-            f"{where}: {text!r} is not a size; write a number with B, KiB, MiB, GiB or TiB, such as 64MiB"
+            f"{where}: {text!r} is not a size; write a number with B, KiB, MiB, GiB or TiB, such as 64MiB (8192TiB at most)"
         )
     return int(match[1]) * factor if match[1].isdigit() else int(float(match[1]) * factor)
 
@@ -56,4 +57,4 @@ def format_duration(seconds: float) -> str:
     """`90 s`, `2.5 h`."""
     if seconds < 120:
         return f"{seconds:g} s"
-    return f"{seconds / 60:g} min" if seconds < 7200 else f"{seconds / 3600:g} h"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.4g} h"
