@@ -39,6 +39,8 @@ class Look:
         self._objects: set[Ident] = set()
         self._places: dict[Ident, Name] = {}  # where a directory was last seen
         self._seen_as: dict[Ident, list[Name]] = {}  # without handles: the names an object was found under
+        self._relist: set[Ident] = set()
+        self._observed: dict[Name, Ident | None] = {}  # the last answer for a name
         self._was: dict[Name, Ident] = {}  # who had a name that is asked for again
         self._unreached: set[Name] = set()  # without handles: names in directories that no known path led to
         self._missing: dict[Ident, set[Name]] = {}  # by directory: names found to be nothing
@@ -72,6 +74,10 @@ class Look:
         for name in dirty.names:
             self._ask_again(name)
         self._objects |= dirty.objects
+        if self.tree.codec is None:
+            self._relist |= (
+                dirty.written
+            )  # a directory among them was watched late: what it holds is all to be asked for
 
     def _ask_again(self, name: Name) -> None:
         earlier = self.entries.pop(name, None)
@@ -154,6 +160,9 @@ class Look:
             self._objects.add(name.parent)
         now = found.ident if found else None
         self.entries[name] = now
+        # what follows from an answer is done once for it: two objects that changed places would ask for each other for ever
+        news = self._observed.get(name, name) != now
+        self._observed[name] = now
         if found is None:
             self._missing.setdefault(name.parent, set()).add(name)
             if dirfd is None:
@@ -167,13 +176,18 @@ class Look:
             if found.attr.type is FileType.DIR:
                 moved = self._places.get(found.ident) != name and self.old.child(*name) != found.ident
                 self._places[found.ident] = name
-                if self.old.attr(found.ident) is None:
+                if found.ident in self._relist:
+                    self._relist.discard(found.ident)
+                    for child, _ in self.old.children(found.ident):
+                        self._ask_again(Name(found.ident, child))
+                    self._list(found.ident, again=True)
+                elif self.old.attr(found.ident) is None:
                     self._list(found.ident)
                 # what was missing in it may only have been out of reach
                 for entry in self._missing.pop(found.ident, ()):
                     del self.entries[entry]
                     self._names.add(entry)
-                if self.tree.codec is None and moved:
+                if self.tree.codec is None and moved and news:
                     unreached, self._unreached = self._unreached, set()
                     for entry in unreached:
                         self._ask_again(entry)
@@ -181,10 +195,10 @@ class Look:
             if self.tree.codec is not None:
                 if before not in self.attrs:
                     self._objects.add(before)
-            else:
+            elif news:
                 self._elsewhere(before)
         earlier = self._was.pop(name, None)
-        if self.tree.codec is None and earlier is not None and earlier not in (before, now):
+        if self.tree.codec is None and news and earlier is not None and earlier not in (before, now):
             self._elsewhere(earlier)
 
     def _check_handle(self, name: Name, dirfd: int | None, ident: Ident) -> None:
@@ -209,14 +223,16 @@ class Look:
                 Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries
             )
 
-    def _list(self, directory: Ident) -> None:
-        """A directory that was not there before: all it holds is new to us."""
+    def _list(self, directory: Ident, *, again: bool = False) -> None:
+        """A directory that was not there before: all it holds is new to us. `again`: also what was asked for already."""
         dirfd = self.tree.directory(directory, self._path)
         if dirfd is None:
             return
         for name, _ino in self.tree.list(dirfd):
             entry = Name(directory, name)
-            if entry not in self.entries:
+            if again:
+                self._ask_again(entry)
+            elif entry not in self.entries:
                 self._names.add(entry)
 
     def _path(self, directory: Ident) -> list[bytes] | None:

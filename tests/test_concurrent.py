@@ -15,13 +15,11 @@ WRITERS, SNAPSHOTS = 4, 50
 
 
 @contextlib.contextmanager
-def hammers(top: Path, *, reflink: bool):
+def hammers(top: Path, *words: str):
     command = [sys.executable, str(Path(__file__).parent / "hammer.py"), str(top)]
     writers = [
-        subprocess.Popen(
-            [*command, str(seed), *(["reflink"] if reflink else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for seed in range(WRITERS)
+        subprocess.Popen([*command, str(number), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for number in range(WRITERS)
     ]
     try:
         yield writers
@@ -57,7 +55,7 @@ def test_snapshots_under_fire(fs, tmp_path):
             consumer.feed(message.payload for message in pages.new())
             return consumer.head == (answer["epoch"], answer["seq"])
 
-        with hammers(top, reflink=fs in ("xfs", "btrfs")) as writers:
+        with hammers(top, *{"inotify": ["nolink"], "ext4": []}.get(fs, ["reflink"])) as writers:
             for _ in range(SNAPSHOTS):
                 answer = feed.snapshot()
             steps = pause(writers)

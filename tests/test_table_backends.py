@@ -179,3 +179,23 @@ def test_what_mkfs_made_is_not_taken_for_who_has_its_inode_number_now(ext4):
     changes = engine.snapshot(Dirty(objects={old, root}, names=names))
     engine.check()
     assert [c.ident for c in changes if c.op == "delete"] == [old]
+
+
+@pytest.mark.kernel
+def test_without_handles_a_swap_comes_to_an_end(tmp_path):
+    """Two objects that changed places, asked for by name only, must not ask for each other for ever; each has a second name."""
+    with tmpfs(tmp_path) as made:
+        top = os.fsencode(made)
+        for name in (b"a", b"b"):
+            with open(os.path.join(top, name), "wb") as file:
+                file.write(name)
+            os.link(os.path.join(top, name), os.path.join(top, name * 2))
+        engine = Engine(top, "metadata", by_handle=False)
+        engine.snapshot(Dirty())
+        before = {path: ident for path, (ident, _) in engine.replica.state().items()}
+        os.rename(top + b"/a", top + b"/t")
+        os.rename(top + b"/b", top + b"/a")
+        os.rename(top + b"/t", top + b"/b")
+        names = {Name(before[b""], name) for name in (b"a", b"b", b"t")}
+        engine.snapshot(Dirty(objects={before[b"a"], before[b"b"], before[b""]}, names=names))
+        engine.check()

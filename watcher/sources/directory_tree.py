@@ -12,25 +12,36 @@ from comparer.model import Ident
 
 @dataclass(slots=True, eq=False)
 class Directory:
-    """A watched directory: its watch descriptor, identity, place (`parent` None: the root, or moved to nobody knows where)."""
+    """A watched directory: its watch descriptor, identity, place (`parent` None: the root, or moved to nobody knows where).
+
+    `listed`: what is in it was looked at since it is watched.
+    """
 
     wd: int
     ident: Ident
     parent: Self | None = None
     name: bytes = b""
     children: dict[bytes, Self] = field(default_factory=dict)
+    listed: bool = False
 
 
 class DirectoryTree:
-    """Directories by watch descriptor and by place."""
+    """Directories by watch descriptor and by place; `homeless` are those whose place is not known."""
 
     def __init__(self, root: Directory) -> None:
         self.root = root
         self.by_wd = {root.wd: root}
+        self.homeless: set[Directory] = set()
 
     def put(self, directory: Directory, parent: Directory, name: bytes) -> None:
-        """Add a directory, or move it, to a place."""
+        """Add a directory, or move it, to a place; another one that had this place is homeless."""
+        there = parent.children.get(name)
+        if there is directory:
+            return
+        if there is not None:
+            self.detach(there)
         self.detach(directory)
+        self.homeless.discard(directory)
         directory.parent, directory.name = parent, name
         parent.children[name] = directory
         self.by_wd[directory.wd] = directory
@@ -40,7 +51,14 @@ class DirectoryTree:
         parent = directory.parent
         if parent is not None and parent.children.get(directory.name) is directory:
             del parent.children[directory.name]
+            self.homeless.add(directory)
         directory.parent = None
+
+    def gone(self, directory: Directory) -> None:
+        """Forget a directory that was deleted: it was empty, so what the tree has in it is somewhere else."""
+        for child in list(directory.children.values()):
+            self.detach(child)
+        self.drop(directory)
 
     def drop(self, directory: Directory) -> list[Directory]:
         """Forget a directory and all below it; which these were."""
@@ -49,6 +67,7 @@ class DirectoryTree:
         dropped = []
         while stack:
             last = stack.pop()
+            self.homeless.discard(last)
             if self.by_wd.pop(last.wd, None) is not None:
                 dropped.append(last)
             stack.extend(last.children.values())

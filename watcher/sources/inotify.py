@@ -1,8 +1,8 @@
 """The inotify event source: a watch on every directory. Needs no privilege. Source: inotify(7).
 
-What inotify cannot see (a reconcile finds it): writes through mmap; a write to a file through a name that was removed
-while another hard link stays; files opened by handle (NFS). And it does not tell who did it, so the system directory is
-left unwatched.
+What inotify cannot see (a reconcile finds it): writes through mmap; files opened by handle (NFS); what was done to a file
+through a hard link that came and went before anybody looked (at least its change time is another), since an event tells a
+name and not who had it. And it does not tell who did it, so the system directory is left unwatched.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from comparer.dirty import Dirty
 from comparer.errors import DamageError
-from comparer.model import Name
+from comparer.model import Ident, Name
 from snapshotter.linux.identity import Identifier
 
 from . import inotify_watches as inotify
@@ -46,8 +46,11 @@ class InotifySource:
         self._watched: WatchedTree | None = None
         self._reader: BatchedReader | None = None
         self._found: dict[tuple[Directory, bytes], int] = {}
-        self._deferred: set[tuple[Directory, bytes]] = set()
-        self._detached: set[Directory] = set()
+        self._entered: set[Directory] = set()
+        self._came: set[tuple[Directory, bytes]] = set()
+        self._met: set[Ident] = set()
+        self._kept: set[Directory] = set()  # for one more `take`
+        self._places: set[tuple[Directory, bytes]] = set()
         self._detached_before: set[Directory] = set()
         self._events = 0
         self._lost: str | None = None
@@ -64,7 +67,7 @@ class InotifySource:
         if self._watched is not None:
             raise ValueError("already started")
         try:
-            self._watched = WatchedTree(self.root, self._identifier, self._appeared)
+            self._watched = WatchedTree(self.root, self._identifier, self._entered.add, self._appeared)
         except OSError as error:
             raise SourceError(f"inotify on {self.root!r}: {error.strerror or error}") from error
         self._reader = BatchedReader(self._watched.watches.get_fd(), self._batch, wake)
@@ -85,14 +88,26 @@ class InotifySource:
                 watched.rescan()
         dirty = Dirty(lost=self._lost or gap, events=self._events)
         found, self._found, self._lost, self._events = self._found, {}, None, 0
+        dirty.written.update(directory.ident for directory in self._entered)
+        dirty.objects.update(dirty.written, self._met)
+        self._entered.clear()
+        self._met.clear()
         by_directory: dict[Directory, list[tuple[bytes, int]]] = {}
         for (directory, name), mask in found.items():
             by_directory.setdefault(directory, []).append((name, mask))
+        kept: set[Directory] = set()
         for directory, entries in by_directory.items():
             _add_names(dirty, directory, entries)
             if watched is not None:
-                with contextlib.suppress(OSError):  # gone: then the names say all there is to say
+                try:
                     _add_objects(dirty, watched, directory, entries)
+                except OSError:  # gone: then the names say all there is to say; or moved, as the next events will tell
+                    if watched.has(directory) and directory not in self._kept:
+                        kept.add(directory)
+                        self._found.update(
+                            {(directory, name): m for name, m in entries if name and m & inotify.CONTENT}
+                        )
+        self._kept = kept
         return dirty
 
     def _batch(self) -> bool:
@@ -115,14 +130,17 @@ class InotifySource:
                     self._event(watched, wd, mask, name)
             except DamageError as error:
                 self._lost = str(error)
+                overflow = True
         self._events += count
         if overflow:
-            self._lost = OVERFLOW
+            self._lost = self._lost or OVERFLOW
             watched.rescan()
         if len(self._found) > self._limit:
             self._lost = f"more than {self._limit} different things were touched"
         if self._lost is not None:
             self._found.clear()
+            self._entered.clear()
+            self._met.clear()
         self._settle(watched)
         return count
 
@@ -130,46 +148,64 @@ class InotifySource:
         if wd == self._canary and self._expected is not None:
             self._expected.set()
             return
+        if mask & inotify.IN_IGNORED:
+            watched.watches.forget(wd)
         directory = watched.tree.by_wd.get(wd)
         if directory is None:
             return
         if mask & inotify.IN_IGNORED:
-            watched.watches.forget(wd)
-            watched.drop(directory)
+            watched.gone(directory)
         elif mask & inotify.IN_UNMOUNT:
             self._lost = UNMOUNTED
         elif directory is not watched.tree.root or name != SYSTEM_DIRECTORY:
-            if name and mask & inotify.IN_ISDIR:
-                self._subdirectory(watched, directory, mask, name)
+            if name and mask & inotify.IN_ISDIR and self._moves(directory, mask, name):
+                self._places.add((directory, name))
             self._found[directory, name] = self._found.get((directory, name), 0) | mask
+            if mask & inotify.CONTENT:
+                self._came.discard((directory, name))  # made by open(2), so it is nobody's hard link
+            elif mask & inotify.CAME and not mask & inotify.IN_ISDIR:
+                self._came.add((directory, name))
 
-    def _subdirectory(self, watched: WatchedTree, parent: Directory, mask: int, name: bytes) -> None:
-        """Look at what is there now, whatever the event said: what changes after that look gives another event.
-
-        So cookies are not needed, and events read late do no harm.
-        """
-        known = parent.children.get(name)
-        if mask & inotify.GONE:
-            if known is not None:
-                watched.tree.detach(known)
-                self._detached.add(known)
-        elif mask & inotify.IN_MOVED_TO or known is None:  # else a look since the event has found it
-            self._look(watched, parent, name)
-
-    def _look(self, watched: WatchedTree, parent: Directory, name: bytes) -> None:
-        if not watched.look(parent, name):
-            self._deferred.add((parent, name))
+    @staticmethod
+    def _moves(parent: Directory, mask: int, name: bytes) -> bool:
+        """Whether another directory may be in a place now; an attribute may have been the one that kept us out."""
+        return bool(mask & (inotify.GONE | inotify.CAME)) or (
+            bool(mask & inotify.IN_ATTRIB) and name not in parent.children
+        )
 
     def _settle(self, watched: WatchedTree) -> None:
-        """After a drain: places that could not be looked at (their directory was moved itself), and what did not return."""
-        deferred, self._deferred = self._deferred, set()
-        for parent, name in deferred:
-            if watched.tree.by_wd.get(parent.wd) is parent:
-                self._look(watched, parent, name)
+        """After a drain: look at every place that events named, as it is now, whatever they said was there.
+
+        What changes after a look gives another event. So cookies are not needed, events read late do no harm, and a directory
+        without a place when all was looked at is outside, or deleted, or its arrival is not told yet: it has until the next time.
+        """
+        places: set[tuple[Directory, bytes]] = set()
+        while self._places and self._places != places:  # again where a directory on the way had been moved itself
+            places, self._places = self._places, set()
+            for parent, name in places:
+                if watched.has(parent) and not watched.look(parent, name):
+                    self._places.add((parent, name))
+            watched.list_again()
+        self._meet(watched)
+        homeless = watched.tree.homeless
         for directory in self._detached_before:
-            if directory.parent is None:  # it has not arrived anywhere: it is outside now, or deleted
+            if directory in homeless:
                 watched.drop(directory)
-        self._detached_before, self._detached = self._detached, set()
+        self._detached_before = set(homeless)
+
+    def _meet(self, watched: WatchedTree) -> None:
+        """Who was given a further name: when that is removed before the next `take`, nothing tells any more."""
+        came, self._came = self._came, set()
+        by_directory: dict[Directory, list[bytes]] = {}
+        for directory, name in came:
+            by_directory.setdefault(directory, []).append(name)
+        for directory, names in by_directory.items():
+            with contextlib.suppress(OSError):
+                fd = watched.open(directory)
+                try:
+                    self._met |= _linked(watched, fd, names)
+                finally:
+                    os.close(fd)
 
     @contextlib.contextmanager
     def expect_own(self) -> Iterator[asyncio.Event]:
@@ -205,6 +241,15 @@ def _add_names(dirty: Dirty, directory: Directory, entries: list[tuple[bytes, in
             dirty.objects.add(directory.ident)
         if name:
             dirty.names.add(Name(directory.ident, name))
+
+
+def _linked(watched: WatchedTree, fd: int, names: list[bytes]) -> set[Ident]:
+    linked = set()
+    for name in names:
+        with contextlib.suppress(OSError):
+            if os.stat(name, dir_fd=fd, follow_symlinks=False).st_nlink > 1:
+                linked.add(watched.identifier.ident(fd, name))
+    return linked
 
 
 def _add_objects(dirty: Dirty, watched: WatchedTree, directory: Directory, entries: list[tuple[bytes, int]]) -> None:

@@ -24,10 +24,11 @@ IN_CREATE: int = pyinotify.IN_CREATE
 IN_MOVED_FROM: int = pyinotify.IN_MOVED_FROM
 IN_MOVED_TO: int = pyinotify.IN_MOVED_TO
 IN_DELETE: int = pyinotify.IN_DELETE
+IN_ATTRIB: int = pyinotify.IN_ATTRIB
 CONTENT: int = pyinotify.IN_MODIFY | pyinotify.IN_CLOSE_WRITE
 GONE: int = IN_DELETE | IN_MOVED_FROM
 CAME: int = IN_CREATE | IN_MOVED_TO
-MASK: int = CONTENT | GONE | CAME | pyinotify.IN_ATTRIB | pyinotify.IN_ONLYDIR
+MASK: int = CONTENT | GONE | CAME | IN_ATTRIB | pyinotify.IN_ONLYDIR
 
 _EVENT = struct.Struct("=iIII")  # struct inotify_event: wd, mask, cookie, len
 
