@@ -72,6 +72,15 @@ def state_of(snapfeed, part):
     return snapfeed.partition(part.path)["state"]
 
 
+def is_free(device):
+    """Whether nobody has the device in use, as an mkfs would ask."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("fs", ["xfs", "btrfs", "ext4"])
 def test_unmount_and_mount_again(fs, tmp_path):
     (tmp_path / "other").mkdir()
@@ -125,7 +134,8 @@ def test_unmount_and_mount_again(fs, tmp_path):
         assert not [c for d in received.consumer.diffs for c in d["changes"] if c["op"] == "delete"]
         wait_until(lambda: states()[-1] == "watching", "it is published", 10)
 
-        part.umount()  # and nothing of ours holds it
+        part.umount()  # and nothing of ours holds it, nor its device
+        wait_until(lambda: is_free(part.device), "the device is free", 5)
         assert snapfeed.alive()
         assert "Traceback" not in snapfeed.output()
 

@@ -93,6 +93,7 @@ def take(
         if capture is not None:
             backend.discard(visit.root_fd, capture)
         raise
+    backend.release(capture)
     if recorded:
         visit.bear_witness()
     else:

@@ -75,6 +75,9 @@ class Backend(Protocol):
     def note(self, again: Dirty) -> None:
         """Remember what the next snapshot has to look at; runs inside a transaction. For a capture that changed nothing."""
 
+    def release(self, capture: Capture) -> None:
+        """Close what the capture holds open: its views are of no more use."""
+
     def discard(self, root_fd: int, capture: Capture) -> None:
         """Undo a capture that will not be committed (nothing changed, or an error)."""
 

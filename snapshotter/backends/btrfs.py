@@ -141,7 +141,7 @@ class BtrfsBackend:
             attr = new.attr(ident)
             if attr is None or attr.type is not FileType.FILE:
                 return None
-            if capture.old is None:
+            if head is None:
                 return path + b"/" + name
             # a step may speak of a name that a later one changes; the snapshot has those of the end
             for last in new.names(ident):
@@ -174,10 +174,13 @@ class BtrfsBackend:
     def note(self, again: Dirty) -> None:
         """Nothing to remember: events are not needed."""
 
-    def discard(self, root_fd: int, capture: Capture) -> None:
+    def release(self, capture: Capture) -> None:
         for view in (capture.old, capture.new):
             if isinstance(view, SubvolumeView):
                 view.close()
+
+    def discard(self, root_fd: int, capture: Capture) -> None:
+        self.release(capture)
         self.expire(root_fd, [capture.seq])
 
     def expire(self, root_fd: int, seqs: Iterable[int]) -> None:

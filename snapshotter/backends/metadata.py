@@ -99,6 +99,9 @@ class MetadataBackend:
     def note(self, again: Dirty) -> None:
         self.table.set_again(again.objects, again.names)
 
+    def release(self, capture: Capture) -> None:
+        pass
+
     def discard(self, root_fd: int, capture: Capture) -> None:
         pass
 
