@@ -34,7 +34,8 @@ def require(condition: bool, lacking: str) -> None:
 
 def run(*command: str | bytes | Path, check: bool = True, **options) -> subprocess.CompletedProcess:
     """Run a command to its end; its output is in the error if it fails."""
-    done = subprocess.run(command, capture_output=True, check=False, timeout=120, **options)
+    options.setdefault("timeout", 120)
+    done = subprocess.run(command, capture_output=True, check=False, **options)
     if check and done.returncode:
         raise AssertionError(f"{command} exited {done.returncode}: {done.stdout!r} {done.stderr!r}")
     return done

@@ -20,8 +20,8 @@ ENTRIES = int(os.environ.get("SNAPFEED_ENTRIES", "20000"))  # `make soak` has 10
 class Feed:
     """A daemon on one partition and a consumer of its pages."""
 
-    def __init__(self, fs, directory, stack):
-        part = stack.enter_context(partition(fs, directory, "2G"))
+    def __init__(self, fs, directory, stack, size="2G"):
+        part = stack.enter_context(partition(fs, directory, size))
         self.top = os.fsencode(part.path)
         broker = stack.enter_context(mosquitto(directory))
         self.pages = stack.enter_context(collector(broker, f"snapfeed/{HOST}/+/changes"))
@@ -36,7 +36,7 @@ class Feed:
         """Take one, catch up, compare with a walk; the operations of the diffs that came."""
         answer = self.daemon.snapshot()
         self.ops = []
-        wait_until(lambda: self.take() >= answer["seq"], f"diff {answer['seq']}", 60)
+        wait_until(lambda: self.take() >= answer["seq"], f"diff {answer['seq']}", 120)
         walked = walk(self.top)
         assert self.model.paths.keys() == walked.keys()
         for path, ident in self.model.paths.items():
@@ -101,3 +101,25 @@ def test_a_path_a_thousand_deep(fs, tmp_path):
         feed.snapshot()
         run("rm", "-r", feed.top + b"/half")
         assert feed.snapshot().count("delete") == 502
+
+
+@pytest.mark.skipif(
+    "SNAPFEED_SOURCE" not in os.environ, reason="SNAPFEED_SOURCE names no source tarball to unpack and build in"
+)
+@pytest.mark.kernel
+@pytest.mark.parametrize("fs", ["xfs", "btrfs"])
+def test_unpacking_a_large_source_tree_and_building_in_it(fs, tmp_path):
+    """Not part of the suite: takes minutes. A kernel's tarball will do."""
+    with contextlib.ExitStack() as stack:
+        feed = Feed(fs, tmp_path, stack, "8G")
+        run("tar", "-xf", os.environ["SNAPFEED_SOURCE"], "-C", feed.top, timeout=600)
+        created = feed.snapshot().count("create")
+        assert created > 1000
+        tree = next(e.path for e in os.scandir(feed.top) if e.is_dir() and e.name != b".snapfeed")
+        done = run("make", "-C", tree, "-j2", "defconfig", "scripts", check=False, timeout=600)
+        print(created, "created; make exited", done.returncode)
+        feed.snapshot()
+        os.rename(tree, feed.top + b"/renamed")
+        assert feed.snapshot().count("rename") == 1
+        run("rm", "-r", feed.top + b"/renamed")
+        assert feed.snapshot().count("delete") >= created
