@@ -18,6 +18,7 @@ from comparer.errors import DamageError, OperatorError, TransientError
 
 SYSTEM_FILE = b"system.db"
 VERSION = 1
+_SCHEMA = {n: (resources.files("snapshotter.schema") / f"{n:03}.sql").read_text() for n in range(1, VERSION + 1)}
 _DEFLATE_FROM = 1024  # bytes; smaller bodies gain nothing
 
 
@@ -156,8 +157,7 @@ class SystemFile:
 
     def _migrate(self, version: int) -> None:
         for number in range(version + 1, VERSION + 1):
-            script = (resources.files("snapshotter.schema") / f"{number:03}.sql").read_text()
-            self.db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT")
+            self.db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA[number]}; PRAGMA user_version = {number}; COMMIT")
 
     def _check(self) -> None:
         found = [row[0] for row in self.db.execute("PRAGMA integrity_check(3)")]
