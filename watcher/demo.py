@@ -416,6 +416,7 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGHUP):
         signal.signal(number, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the shell that started it ignores Ctrl-C
     signal.alarm(LIMIT)
     code = 1
     try:
