@@ -150,8 +150,8 @@ def test_broker_killed_in_mid_stream_loses_nothing(tmp_path):
         await eventually(lambda: keys(seen, "data")[-1:] == [box.pages[-1].position], "the last page arrives")
         received = keys(seen, "data")
         assert received == sorted(received)
-        # What a broker acknowledged and had not delivered yet when it died is gone with it (a PUBACK is no durability): at most what
-        # was in flight. Nothing else may be missing.
+        # What a broker acknowledged and had not delivered yet when it died is gone with it (a PUBACK is no durability): at most
+        # what was in flight. Nothing else may be missing.
         in_flight = {page.position for death in deaths for page in box.pages[max(0, death - 20) : death]}
         assert {page.position for page in box.pages} - set(received) <= in_flight
         assert made.stats.connections == 4
