@@ -156,6 +156,8 @@ class LiveTree:
 
     def look(self, dirfd: int, name: bytes) -> Found | None:
         """What a name in a directory is now; None if nothing, or nothing of this partition (a mount, the system directory)."""
+        if name == SYSTEM_DIR and dirfd == self.root_fd:
+            return None
         try:
             fd = os.open(name, _ANYTHING, dir_fd=dirfd)
         except OSError as error:

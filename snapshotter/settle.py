@@ -90,14 +90,19 @@ class _Settling:
 
     def house_homeless(self, *, by_handle: bool) -> None:
         """An object without a name: gone, where names are all one can look at; else it moved while we looked."""
-        suspects = {ident for ident, attr in self.attrs.items() if attr is not None}
+        seen = {ident: attr for ident, attr in self.attrs.items() if attr is not None}
+        suspects = set(seen)
         suspects.update(i for n in self.entries if (i := self.old.child(*n)) is not None and i not in self.attrs)
-        for ident in suspects:
+        # directories first: with one that is buried, what was seen in it becomes homeless as well
+        for ident in sorted(suspects, key=lambda i: (not self.is_directory(i), i)):
             if ident == self.old.root or next(self.names(ident), None) is not None:
                 continue
+            attr = seen.get(ident)
             known = list(self.old.names(ident))
             kept = next((n for n in known if self.entries.get(n) is None and self.alive(n.parent)), None)
-            if by_handle and ident in self.attrs and kept is not None:
+            buried = self.attr(ident) is None
+            if by_handle and attr is not None and kept is not None and not (buried and attr.type is FileType.DIR):
+                self.attrs[ident] = attr
                 self.point(kept, ident)
                 self.again.names.add(kept)
                 self.again.objects.add(ident)
@@ -105,6 +110,10 @@ class _Settling:
                 self.bury(ident)
                 if by_handle and known:
                     self.again.objects.add(ident)
+
+    def is_directory(self, ident: Ident) -> bool:
+        attr = self.attr(ident)
+        return attr is not None and attr.type is FileType.DIR
 
     def bury(self, ident: Ident) -> None:
         """An object leaves the state, and what a directory held with it, unless that has another name."""

@@ -16,7 +16,7 @@ from comparer.errors import DamageError, OperatorError, TransientError
 from . import witness
 from .backends.base import SYSTEM_DIR, Backend
 from .backends.btrfs import BtrfsBackend
-from .backends.ficlone import FicloneBackend
+from .backends.ficlone import MAX_EXTENTS, FicloneBackend
 from .backends.metadata import MetadataBackend
 from .fill_xfs import BULKSTAT
 from .linux.fiemap import ficlone
@@ -83,12 +83,21 @@ def _reflinks(root_fd: int) -> bool:
 class Visit:
     """Use as a context manager, in one thread. `file` is open, `root_fd` and `tree` show the partition as it is now.
 
+    Files with more extents than `max_extents` are not cloned.
     Entering raises TransientError if the partition is not there (unmounted, replaced by another file system), DamageError if its
     system file is damaged or another partition's, OperatorError if it has none.
     """
 
-    def __init__(self, partition: Partition, abilities: Abilities | None = None, *, check: bool = False) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        abilities: Abilities | None = None,
+        *,
+        check: bool = False,
+        max_extents: int = MAX_EXTENTS,
+    ) -> None:
         self.partition = partition
+        self._max_extents = max_extents
         self._known = abilities
         self._check = check
         self._stack = contextlib.ExitStack()
@@ -163,5 +172,5 @@ class Visit:
         fast = self.partition.fs_type == "xfs" and self.abilities.by_handle and self.abilities.private_mount
         scan = BULKSTAT if fast else WALK
         if self.abilities.backend == "ficlone":
-            return FicloneBackend(self.tree, table, progress, scan=scan)
+            return FicloneBackend(self.tree, table, progress, self._max_extents, scan=scan)
         return MetadataBackend(self.tree, table, progress, scan=scan)

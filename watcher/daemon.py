@@ -26,7 +26,7 @@ from .control import ControlServer
 from .mountwatch import MountWatch
 from .notify import sd_notify, watchdog_interval
 from .outbox import JournalOutbox
-from .pipeline import Pipeline, Rules
+from .pipeline import Pipeline, Rules, printable_path
 from .service import Service
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class Daemon:
 
     def _found(self, partition: Partition) -> None:
         """Serve what was not served, or not there; a file system that is served needs no second mount point."""
-        path = os.fsdecode(partition.path)
+        path = printable_path(partition.path)
         same = next(
             (p for p in self._pipelines.values() if partition.uuid and p.partition.uuid == partition.uuid), None
         )

@@ -166,7 +166,7 @@ class Pipeline:
     async def _visit(self, function: Callable[[Visit], T], *, check: bool = False) -> T:
         def visit() -> tuple[T, int]:
             before = thread_io()[1]
-            with Visit(self.partition, self._abilities, check=check) as opened:
+            with Visit(self.partition, self._abilities, check=check, max_extents=self.rules.max_extents) as opened:
                 result = function(opened)
             return result, thread_io()[1] - before
 
