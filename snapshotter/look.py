@@ -136,7 +136,9 @@ class Look:
         before = self.old.attr(ident)
         if before is None:
             return
-        self._names.update(n for n in self.old.names(ident) if n not in self.entries)
+        for name in self.old.names(ident):
+            if self.entries.get(name, ident) == ident:
+                self._ask_again(name)
         if before.type is FileType.DIR:
             self._names.update(
                 Name(ident, name) for name, _ in self.old.children(ident) if Name(ident, name) not in self.entries
@@ -155,8 +157,9 @@ class Look:
             if found is None and before is not None and self.tree.covered(dirfd, name.name):
                 self.entries[name] = before  # what is mounted on it hides it
                 return
-        elif self.tree.codec is not None and name.parent not in self.attrs:
+        elif self.tree.codec is not None and not self._known_gone(name.parent):
             # a handle that does not open may be one that cannot be read: the directory's own names tell
+            self.attrs.pop(name.parent, None)
             self._objects.add(name.parent)
         now = found.ident if found else None
         self.entries[name] = now

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from comparer.dirty import Dirty
 from comparer.extents import changed_ranges
@@ -105,7 +106,8 @@ class FicloneBackend(MetadataBackend):
     def _clone(self, directory: int, ident: Ident, attr: Attr) -> tuple[Attr, bool | None]:
         """Clone one file. Returns its attributes at that moment, and whether they stood still (None: no clone was made).
 
-        Content and attributes are of one moment: if the file changes while it is cloned, again.
+        Content and attributes are of one moment: if the file changes while it is cloned, again. Of one that never stands still
+        the size is that of its clone, the rest what was seen right after.
         """
         label = b"%d.%d" % ident
         for _ in range(_TRIES):
@@ -129,7 +131,8 @@ class FicloneBackend(MetadataBackend):
             if (after.ctime_ns, after.size) == (attr.ctime_ns, attr.size):
                 return attr, True
             attr = after
-        return attr, False
+        size = os.stat(label, dir_fd=directory, follow_symlinks=False).st_size
+        return replace(attr, size=size), False
 
     def _fits(self, source: int, ident: Ident) -> bool:
         if not stat.S_ISREG(os.fstat(source).st_mode):
