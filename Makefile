@@ -8,13 +8,15 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 STAMP := .venv/stamp
 # mkfs, losetup and mosquitto live there, and are not in every user's PATH.
+# Most of a test's time is waiting for disks and brokers: more of them at a time than there are processors.
+JOBS ?= 3
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: help setup packages demo test check bench soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
-	@echo "PYTHON=... chooses the Python of .venv; ARGS=... goes to pytest, the demo, the benchmarks and the soak test."
+	@echo "PYTHON=... chooses the Python of .venv; ARGS=... goes to pytest, the demo, the benchmarks and the soak test; JOBS: tests at a time."
 
 setup: $(STAMP) ## install what is missing: Debian packages (as root) and .venv
 
@@ -33,7 +35,7 @@ demo: setup ## show it: partitions, work on them, the changes as they arrive (re
 	@$(BIN)/python -m watcher.demo $(ARGS)
 
 test: setup ## all tests; those on real partitions need root
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: setup ## lint, format, types, and who may import whom
 	@echo "ruff check"; $(BIN)/ruff check --quiet .

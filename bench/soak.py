@@ -12,7 +12,7 @@ import time
 ROUND = 400  # sequences of a round, all file systems together
 EXACT = ["tests/test_exact.py"]
 OTHERS = [
-    "tests/soak_invariants.py",
+    "tests/test_invariants.py",
     "tests/test_concurrent.py",
     "tests/test_large.py",
     "tests/test_compare.py",

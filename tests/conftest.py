@@ -4,11 +4,18 @@ import os
 
 import pytest
 from hypothesis import settings
-from partitions import partition
+from partitions import beside_others, partition
 
 # The suite says the same of the same code each time; SNAPFEED_RANDOM=1 (and `make soak`) looks elsewhere each time.
 settings.register_profile("suite", derandomize="SNAPFEED_RANDOM" not in os.environ)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _beside_others():
+    """What a test does to the whole machine (`alone_on_this_machine`) waits for the others, and they for it."""
+    with beside_others():
+        yield
 
 
 @pytest.fixture(params=["xfs", "btrfs", "ext4"])

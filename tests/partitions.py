@@ -5,9 +5,11 @@ SNAPFEED_REQUIRE_KERNEL=1 that skip is a failure.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +52,46 @@ def wait_until(condition, what: str, deadline: float = DEADLINE):
             return value
         assert time.monotonic() < end, f"not within {deadline:g} s: {what}"
         time.sleep(0.01)
+
+
+_TURNS = Path(tempfile.gettempdir()) / f"snapfeed-tests-{os.geteuid()}"
+_TURN: list[int] = []  # the lock of the test that runs here
+
+
+@contextlib.contextmanager
+def _locked(name: str, how: int) -> Iterator[int]:
+    _TURNS.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(_TURNS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, how)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def beside_others() -> Iterator[None]:
+    """Around every test: many at a time, but none while one is alone."""
+    with contextlib.ExitStack() as stack:
+        with _locked("gate", fcntl.LOCK_EX):
+            _TURN.append(stack.enter_context(_locked("tests", fcntl.LOCK_SH)))
+        try:
+            yield
+        finally:
+            _TURN.clear()
+
+
+@contextlib.contextmanager
+def alone_on_this_machine() -> Iterator[None]:
+    """Around what changes the machine for everybody (sysctl): waits for the tests that run beside this one."""
+    (turn,) = _TURN
+    fcntl.flock(turn, fcntl.LOCK_UN)
+    with _locked("gate", fcntl.LOCK_EX):
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(turn, fcntl.LOCK_SH)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from broker_processes import collector, mosquitto
 from consumer import Consumer
 from daemon_process import HOST, daemon, snapfeed
-from partitions import partition, tmpfs, wait_until
+from partitions import alone_on_this_machine, partition, tmpfs, wait_until
 from workload import Worker
 
 LIMITED = f'[broker]\nhost = "{HOST}"\n[watch]\nunlimited_queue = false\n'
@@ -19,12 +19,13 @@ LIMITED = f'[broker]\nhost = "{HOST}"\n[watch]\nunlimited_queue = false\n'
 @contextlib.contextmanager
 def sysctl(name: str, value: int):
     path = Path("/proc/sys") / name.replace(".", "/")
-    before = path.read_text()
-    path.write_text(str(value))
-    try:
-        yield
-    finally:
-        path.write_text(before)
+    with alone_on_this_machine():
+        before = path.read_text()
+        path.write_text(str(value))
+        try:
+            yield
+        finally:
+            path.write_text(before)
 
 
 @pytest.mark.kernel

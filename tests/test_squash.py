@@ -18,7 +18,7 @@ from comparer.rangesets import combined, union, without
 from comparer.squash import Squash, squash
 
 UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-EXAMPLES = int(os.environ.get("N", "400"))
+EXAMPLES = int(os.environ.get("SNAPFEED_EXAMPLES", "400"))
 
 
 class Frugal(Tree):

@@ -19,6 +19,7 @@ from .service import Service
 
 log = logging.getLogger(__name__)
 _UCRED = struct.Struct("3i")
+_LONGEST_ADDRESS = 107  # bytes of sun_path, unix(7)
 
 
 class ControlServer:
@@ -38,11 +39,7 @@ class ControlServer:
                 )
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
-            previous = os.umask(0o177)
-            try:
-                self._server = await asyncio.start_unix_server(self._serve, self._path, limit=2 * LARGEST)
-            finally:
-                os.umask(previous)
+            self._server = await asyncio.start_unix_server(self._serve, sock=_listening(self._path), limit=2 * LARGEST)
         except OSError as error:
             raise OperatorError(f"{self._path}: {error.strerror}; run as root or give another --socket") from error
 
@@ -96,10 +93,38 @@ def _may(writer: asyncio.StreamWriter) -> bool:
     return uid in (0, os.geteuid())
 
 
+@contextlib.contextmanager
+def _address(path: str) -> Iterator[str]:
+    """The path, or where it is longer than a socket's address may be (107 bytes), another way to the same place."""
+    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
+        yield path
+        return
+    directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{os.path.basename(path)}"
+    finally:
+        os.close(directory)
+
+
+def _listening(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        with _address(path) as address:
+            listener.bind(address)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(previous)
+    return listener
+
+
 def _answers(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(path)
+            with _address(path) as address:
+                probe.connect(address)
         except OSError:
             return False
         return True
@@ -114,7 +139,8 @@ def ask(path: str, verb: str, timeout: float | None = None, **fields: Any) -> It
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
-            connection.connect(path)
+            with _address(path) as address:
+                connection.connect(address)
         except PermissionError as error:
             raise OperatorError(f"{path}: no permission; run as the user that runs the daemon (root)") from error
         except OSError as error:
