@@ -1,5 +1,6 @@
 """Fixtures: real partitions. `part` runs a test on every file system; `xfs`, `btrfs`, `ext4` on one."""
 
+import contextlib
 import os
 
 import pytest
@@ -12,9 +13,9 @@ settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
-def _beside_others():
-    """What a test does to the whole machine (`alone_on_this_machine`) waits for the others, and they for it."""
-    with beside_others():
+def _beside_others(request):
+    """What a test does to the whole machine (`alone_on_this_machine`) waits for the other real ones, and they for it."""
+    with beside_others() if request.node.get_closest_marker("kernel") else contextlib.nullcontext():
         yield
 
 
