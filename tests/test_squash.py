@@ -27,6 +27,8 @@ class Frugal(Tree):
     def create(self, parent, name, kind, gen=0):
         if not hasattr(self, "free"):
             self.free = []
+        living = {i.ino for i in self.objects}  # `operated` gives numbers away, too
+        self.free = [i for i in self.free if i.ino not in living]
         if not self.free:
             return super().create(parent, name, kind, gen)
         ident = self.free.pop()
