@@ -24,6 +24,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from comparer.errors import OperatorError
 from feed.broker import BrokerConfig, address, tls_context
+from feed.cloudevents import Event
 
 WINDOW = 20
 REFUSED = 0x80
@@ -322,4 +323,12 @@ def response_properties(correlation: bytes | None) -> Properties | None:
         return None
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     properties.CorrelationData = correlation
+    return properties
+
+
+def event_properties(event: Event) -> Properties:
+    """The properties of a page with MQTT 5: a CloudEvent in binary mode (MQTT 5.0, 3.3.2.3.7 and 3.3.2.3.9)."""
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    properties.ContentType = event.content_type
+    properties.UserProperty = list(event.attributes)
     return properties

@@ -17,9 +17,7 @@ import orjson
 
 from comparer.errors import DamageError
 from comparer.model import Attr, ByteRanges, Change, FileType, Ident, Op, Quality, Range
-
-CHANGED = frozenset({"data", "size", "mode", "owner", "times", "xattr", "links"})
-_WITH_CHANGED = frozenset({Op.MODIFY, Op.RENAME})
+from feed.documents import WITH_CHANGED, AttributesDocument
 
 
 def encode_name(document: dict[str, Any], field: str, name: bytes) -> None:
@@ -31,9 +29,9 @@ def encode_name(document: dict[str, Any], field: str, name: bytes) -> None:
         document[field + "_b64"] = b64encode(name).decode("ascii")
 
 
-def encode_attr(attr: Attr) -> dict[str, Any]:
+def encode_attr(attr: Attr) -> AttributesDocument:
     """The attributes of an object as `before` and `after` carry them; its type and target stand beside them in the change."""
-    document: dict[str, Any] = {
+    document: AttributesDocument = {
         "size": str(attr.size),
         "blocks": str(attr.blocks),
         "mode": attr.mode,
@@ -61,7 +59,7 @@ def encode_attr(attr: Attr) -> dict[str, Any]:
 
 
 def encode_change(change: Change, content: bytes | None = None) -> dict[str, Any]:
-    """A change as a JSON-able object, fields in the order of docs/feed.md.
+    """A change as a JSON-able object (feed.documents.ChangeDocument), fields in the order of docs/feed.md.
 
     `content` is the path, from the partition's root, of the file as of this snapshot; None if none is kept. The types in
     `before` and `after` must be the change's own, and a symlink's target the same in both (Linux cannot change one).
@@ -70,7 +68,7 @@ def encode_change(change: Change, content: bytes | None = None) -> dict[str, Any
     encode_name(document, "path", change.path)
     if change.from_path is not None:
         encode_name(document, "from", change.from_path)
-    if change.op in _WITH_CHANGED:
+    if change.op in WITH_CHANGED:
         document["changed"] = list(change.changed)
     document["before"] = None if change.before is None else encode_attr(change.before)
     document["after"] = None if change.after is None else encode_attr(change.after)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from comparer.errors import SnapfeedError, TransientError
 from feed.backoff import Backoff
-from feed.connection import REFUSED, Connection
+from feed.cloudevents import ROOM, event
+from feed.connection import REFUSED, Connection, event_properties
 from feed.outbox import Outbox, OutPage, Position
 from feed.pages import payload_limit
 
@@ -64,7 +65,7 @@ class Lane:
 
     async def run(self, connection: Connection, packet: int) -> None:
         """Publish until stopped. `packet` is the largest packet in bytes. Raises LinkError when the connection is gone."""
-        limit = payload_limit(packet, self._topic)
+        limit = payload_limit(packet, self._topic, ROOM if connection.v5 else 0)
         probing = False
         while not self._stopping.is_set():
             try:
@@ -111,7 +112,8 @@ class Lane:
                         raise TransientError(
                             f"page {number} of diff {seq} has {len(page.payload)} bytes, {limit} fit the broker's packets"
                         )
-                    flight.pages.append((page, await connection.post(self._topic, page.payload)))
+                    properties = event_properties(event(page.payload, self._topic)) if connection.v5 else None
+                    flight.pages.append((page, await connection.post(self._topic, page.payload, properties=properties)))
                     flight.more.set()
                     self.stats.sent += 1
                     self.stats.bytes += len(page.payload)

@@ -15,8 +15,8 @@ import orjson
 
 from comparer.errors import DamageError, OperatorError
 from feed.coarsen import coarsen
+from feed.documents import FORMAT, EnvelopeDocument
 
-FORMAT = "snapfeed/1"
 PACKET = 131_072
 HEADROOM = 3072
 SMALLEST_PACKET = 8192
@@ -33,7 +33,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What all pages of a diff say about it; the fields are those of docs/feed.md, but `time_ns` is an integer."""
+    """What all pages of a diff say about it; the fields are those of feed.documents, but `time_ns` is an integer."""
 
     host: str
     partition: str
@@ -51,7 +51,7 @@ class Envelope:
 
     def head(self) -> bytes:
         """The envelope as the beginning of a page's JSON, without the closing brace."""
-        document: dict[str, Any] = {
+        document: EnvelopeDocument = {
             "format": self.format,
             "host": self.host,
             "partition": self.partition,
@@ -87,9 +87,9 @@ def chunk_limit(packet: int = PACKET) -> int:
     return packet - HEADROOM
 
 
-def payload_limit(packet: int, topic: str) -> int:
-    """How large a payload may be for its PUBLISH to fit a packet of the broker."""
-    return packet - _FIXED_HEADER - len(topic.encode())
+def payload_limit(packet: int, topic: str, properties: int = 0) -> int:
+    """How large a payload may be for its PUBLISH, with so many bytes of properties, to fit a packet of the broker."""
+    return packet - _FIXED_HEADER - len(topic.encode()) - properties
 
 
 def chunks(changes: Iterable[bytes], limit: int) -> Iterator[Chunk]:

@@ -77,7 +77,13 @@ class HostileBroker:
         elif kind == 3:
             (size,) = struct.unpack_from("!H", body)
             topic, identifier = body[2 : 2 + size].decode(), body[2 + size : 4 + size]
-            skip = 5 + size + body[4 + size]
+            skip, shift, length = 4 + size, 0, 0
+            while True:  # the length of the properties, a variable byte integer as the packet's own
+                length |= (body[skip] & 0x7F) << shift
+                skip, shift = skip + 1, shift + 7
+                if body[skip - 1] < 0x80:
+                    break
+            skip += length
             message = Publish(topic, body[skip:], packet)
             self.received.append(message)
             self._waiting += 1

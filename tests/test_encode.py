@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from comparer.errors import DamageError
 from comparer.model import Attr, ByteRanges, Change, FileType, Ident, Op, Quality, Range
-from feed.encode import CHANGED, decode_change, decode_name, encode_bytes, encode_change
+from feed.documents import CHANGED
+from feed.encode import decode_change, decode_name, encode_bytes, encode_change
 from feed.escape import printable
 
 PATHS = st.binary(min_size=1, max_size=40).filter(lambda name: b"\0" not in name)

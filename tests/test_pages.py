@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from comparer.errors import DamageError, OperatorError
 from comparer.model import Attr, ByteRanges, Change, FileType, Ident, Op, Range
+from feed.cloudevents import ROOM
 from feed.coarsen import merge
 from feed.encode import decode_change, encode_bytes
 from feed.pages import Chunk, Envelope, chunk_limit, chunks, page_payload, parse_page, payload_limit, payloads, resplit
@@ -78,7 +79,7 @@ def test_a_default_chunk_fits_a_default_packet_with_the_longest_topic():
     )
     for packet in (8192, 131_072):
         payload = page_payload(widest, 10**9, 10**9, b"x" * chunk_limit(packet))
-        assert len(payload) <= payload_limit(packet, topic)
+        assert len(payload) <= payload_limit(packet, topic, ROOM)
     with pytest.raises(OperatorError, match="max_packet"):
         chunk_limit(1000)
 

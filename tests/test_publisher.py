@@ -71,7 +71,7 @@ def outbox(partition: str, diffs: int, size: int = 100, **more) -> ListOutbox:
 
 
 def publisher(url: str, **more) -> Publisher:
-    config = BrokerConfig(url=url, host="edge7", **more.pop("config", {}))
+    config = BrokerConfig(**{"url": url, "host": "edge7"} | more.pop("config", {}))
     return Publisher(config, version="1", backoff=lambda: Backoff(0.05, 0.2), **more)
 
 
