@@ -1,6 +1,7 @@
 """Commands: what may be asked, checked before anything is done; answers; at most once; not too often. Pure."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,21 +9,24 @@ import orjson
 from cachetools import LRUCache
 
 from comparer.errors import OperatorError
+from feed.documents import AnswerDocument
 
 LARGEST = 4096
 DEEPEST = 8
 LARGEST_INTEGER = 2**53
-_LONGEST_ID = 128
-_LONGEST_TEXT = 1024
 _OPENING, _CLOSING, _QUOTE, _BACKSLASH = b"[{", b"]}", ord('"'), ord("\\")
 
 
 class CommandError(OperatorError):
-    """The command cannot be carried out as it stands; the text goes into the answer. `id`: the command's, if it could be read."""
+    """The command cannot be carried out as it stands; the text goes into the answer. `id`: the command's, if it could be read.
 
-    def __init__(self, text: str, identifier: str | None = None) -> None:
+    `data`: what the answer says beside the error, if it can help.
+    """
+
+    def __init__(self, text: str, identifier: str | None = None, data: Any = None) -> None:
         super().__init__(text)
         self.id = identifier
+        self.data = data
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +40,44 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class _Field:
+class Field:
+    """What a field of a command may be. `kinds` are those of JSON; texts have 1 to `longest` characters and match `pattern` as a
+    whole; integers are 0 to LARGEST_INTEGER; objects have these `fields` and no others. feed.schema publishes these tables.
+    """
+
     kinds: tuple[str, ...]
     required: bool = False
+    longest: int = 1024
+    pattern: str | None = None
+    fields: "Mapping[str, Field] | None" = None
 
 
 _TEXT, _NUMBER = ("string",), ("integer",)
-_CONSUMER = _Field(_TEXT, required=True)
-_THRESHOLD = _Field(("string", "integer", "null"))
-VERBS: Mapping[str, Mapping[str, _Field]] = {
+_CONSUMER = Field(_TEXT, required=True, longest=64, pattern="[A-Za-z0-9_-]{1,64}")
+_THRESHOLD = Field(("string", "integer", "null"))
+_POSITION: Mapping[str, Field] = {"epoch": Field(_TEXT, required=True), "seq": Field(_NUMBER, required=True)}
+# Every command has these; the others are for a host that demands signatures.
+COMMON: Mapping[str, Field] = {"id": Field(_TEXT, required=True, longest=128), "partition": Field((*_TEXT, "null"))}
+SIGNATURE: Mapping[str, Field] = {
+    "expires": Field(_NUMBER),
+    "signature": Field(_TEXT, longest=64, pattern="[0-9a-f]{64}"),
+}
+VERBS: Mapping[str, Mapping[str, Field]] = {
     "snapshot": {},
     "state": {},
-    "replay": {"since": _Field(("object",), required=True), "consumer": _CONSUMER},
+    "replay": {"since": Field(("object",), required=True, fields=_POSITION), "consumer": _CONSUMER},
     "baseline": {"consumer": _CONSUMER},
-    "ack": {"consumer": _CONSUMER, "epoch": _Field(_TEXT, required=True), "seq": _Field(_NUMBER, required=True)},
+    "ack": {"consumer": _CONSUMER, **_POSITION},
     "thresholds": {"io_threshold": _THRESHOLD, "time_threshold": _THRESHOLD},
 }
-_POSITION: Mapping[str, _Field] = {"epoch": _Field(_TEXT, required=True), "seq": _Field(_NUMBER, required=True)}
+# Part of the contract, but at the control socket only.
+LOCAL_VERBS: Mapping[str, Mapping[str, Field]] = {
+    "export": {
+        "partition": Field(_TEXT, required=True),
+        "consumer": Field(_TEXT, longest=64, pattern=_CONSUMER.pattern),
+        "from": Field(_NUMBER),
+    },
+}
 _NAMES = {
     str: "string",
     int: "integer",
@@ -64,8 +89,14 @@ _NAMES = {
 }
 
 
-def parse_command(verb: str, payload: bytes) -> Command:
+def _unsigned(_document: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def parse_command(verb: str, payload: bytes, check: Callable[[Mapping[str, Any]], str | None] = _unsigned) -> Command:
     """Check a command and return it. Raises CommandError.
+
+    `check` says what is wrong with its signature, None if nothing is (feed.signing).
 
     Size (at most 4 KiB) and depth are checked before the JSON is parsed. Fields that are not in the table are refused: a
     misspelt field that is ignored would do something else than what was asked.
@@ -81,8 +112,14 @@ def parse_command(verb: str, payload: bytes) -> Command:
     if not isinstance(document, dict):
         raise CommandError(f"the command is {_NAMES[type(document)]}, expected an object with `id`")
     identifier = document.pop("id", None)
-    if not isinstance(identifier, str) or not 1 <= len(identifier) <= _LONGEST_ID:
-        raise CommandError(f"`id` must be a string of 1 to {_LONGEST_ID} characters")
+    longest = COMMON["id"].longest
+    if not isinstance(identifier, str) or not 1 <= len(identifier) <= longest:
+        raise CommandError(f"`id` must be a string of 1 to {longest} characters")
+    why = check({"id": identifier, **document})
+    if why is not None:
+        raise CommandError(why, identifier)
+    for name in SIGNATURE:
+        document.pop(name, None)
     try:
         return _command(verb, identifier, document)
     except CommandError as error:
@@ -96,15 +133,13 @@ def _command(verb: str, identifier: str, document: dict[str, Any]) -> Command:
     partition = document.pop("partition", None)
     if partition is not None and not isinstance(partition, str):
         raise CommandError("`partition` must be a string")
-    if partition is not None and not 1 <= len(partition) <= _LONGEST_TEXT:
-        raise CommandError(f"`partition` must have 1 to {_LONGEST_TEXT} characters")
+    if partition is not None and not 1 <= len(partition) <= COMMON["partition"].longest:
+        raise CommandError(f"`partition` must have 1 to {COMMON['partition'].longest} characters")
     _check(document, table, verb)
-    if verb == "replay":
-        _check(document["since"], _POSITION, "since")
     return Command(verb, identifier, partition, document)
 
 
-def _check(document: dict[str, Any], table: Mapping[str, _Field], where: str) -> None:
+def _check(document: dict[str, Any], table: Mapping[str, Field], where: str) -> None:
     for name in table:
         if table[name].required and name not in document:
             raise CommandError(f"`{where}` needs the field `{name}`")
@@ -112,11 +147,15 @@ def _check(document: dict[str, Any], table: Mapping[str, _Field], where: str) ->
         if name not in table:
             allowed = ", ".join(table) or "none"
             raise CommandError(f"`{where}` has no field {name!r:.80}; allowed beside `id` and `partition`: {allowed}")
-        kind = _NAMES[type(value)]
-        if kind not in table[name].kinds:
-            raise CommandError(f"`{name}` is {kind}, expected {' or '.join(table[name].kinds)}")
-        if isinstance(value, str) and not 1 <= len(value) <= _LONGEST_TEXT:
-            raise CommandError(f"`{name}` must have 1 to {_LONGEST_TEXT} characters")
+        kind, rule = _NAMES[type(value)], table[name]
+        if kind not in rule.kinds:
+            raise CommandError(f"`{name}` is {kind}, expected {' or '.join(rule.kinds)}")
+        if isinstance(value, str) and not 1 <= len(value) <= rule.longest:
+            raise CommandError(f"`{name}` must have 1 to {rule.longest} characters")
+        if isinstance(value, str) and rule.pattern is not None and not re.fullmatch(rule.pattern, value):
+            raise CommandError(f"`{name}` is {value!r:.80}, expected {rule.pattern}")
+        if isinstance(value, dict) and rule.fields is not None:
+            _check(value, rule.fields, name)
         if isinstance(value, int) and not 0 <= value <= LARGEST_INTEGER:
             raise CommandError(f"`{name}` must lie between 0 and {LARGEST_INTEGER}")
 
@@ -142,9 +181,10 @@ def _depth(payload: bytes) -> int:
 
 
 def answer(identifier: str | None, data: Any = None, error: str | None = None) -> bytes:
-    """An answer: `{"id", "status", "error", "data"}`. `error` makes it one; `identifier` is None where the command had none."""
+    """An answer: `{"id", "status", "error", "data"}`. `error` makes it an error; `identifier` is None where there was none."""
     status = "ok" if error is None else "error"
-    return orjson.dumps({"id": identifier, "status": status, "error": error, "data": data})
+    document: AnswerDocument = {"id": identifier, "status": status, "error": error, "data": data}
+    return orjson.dumps(document)
 
 
 class Executed:

@@ -13,6 +13,7 @@ import orjson
 from feed.backoff import Backoff
 from feed.broker import BrokerConfig, check, topics
 from feed.connection import PACKET_TOO_LARGE, REFUSED, Connection, Dialer, LinkError
+from feed.documents import StatusDocument
 from feed.lane import Lane, LaneStats
 from feed.outbox import Outbox
 from feed.pages import SMALLEST_PACKET
@@ -20,6 +21,9 @@ from feed.requests import Handler, Requests, RequestStats
 
 _LOG = logging.getLogger("snapfeed.feed")
 _STABLE_SECONDS = 10.0  # a connection that lasted this long was a good one: the next back-off begins small
+
+
+_Key = tuple[str, str | None]  # a partition's changes, or what one consumer asked for
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class PublisherStats:
     packet: int | None = None
     state_refusals: int = 0
     lanes: dict[str, LaneStats] = field(default_factory=dict)
+    replays: dict[tuple[str, str], LaneStats] = field(default_factory=dict)  # (partition, consumer)
     requests: RequestStats = field(default_factory=RequestStats)
 
 
@@ -63,8 +68,8 @@ class Publisher:
         self._requests = Requests(self.topics, handler, self.stats.requests) if handler is not None else None
         self._dialer = Dialer(config, config.identifier or f"snapfeed-{config.host}")
         self._packet = config.max_packet
-        self._outboxes: dict[str, Outbox] = {}
-        self._lanes: dict[str, tuple[Lane, asyncio.Task[None]]] = {}
+        self._outboxes: dict[_Key, Outbox] = {}
+        self._lanes: dict[_Key, tuple[Lane, asyncio.Task[None]]] = {}
         self._states: dict[str, bytes] = {}
         self._unsent: dict[str, None] = {}  # an ordered set of partitions
         self._wake = asyncio.Event()
@@ -79,19 +84,40 @@ class Publisher:
     def connected(self) -> bool:
         return self._connection is not None
 
-    def add(self, outbox: Outbox) -> None:
-        """Publish what an outbox holds, from now on. Raises OperatorError if its partition's name cannot stand in a topic."""
-        self.topics.changes(outbox.partition)
-        self._cancel_lane(outbox.partition)
-        self._outboxes[outbox.partition] = outbox
-        self.stats.lanes.setdefault(outbox.partition, LaneStats())
-        self._open_lane(outbox)
+    @property
+    def packet(self) -> int:
+        """The largest packet in bytes, as far as is known now."""
+        return self.stats.packet or self._packet
+
+    def add(self, outbox: Outbox, consumer: str | None = None) -> None:
+        """Publish what an outbox holds, from now on: as the partition's changes, or as what one consumer asked for.
+
+        Raises OperatorError if a name cannot stand in a topic.
+        """
+        key = (outbox.partition, consumer)
+        self._topic(key)
+        self._cancel_lane(key)
+        self._outboxes[key] = outbox
+        self._stats(key)
+        self._open_lane(key, outbox)
 
     def remove(self, outbox: Outbox) -> None:
         """Publish no more from an outbox. An acknowledgement that is being written now may still be written."""
-        if self._outboxes.get(outbox.partition) is outbox:
-            del self._outboxes[outbox.partition]
-            self._cancel_lane(outbox.partition)
+        for key in [key for key, found in self._outboxes.items() if found is outbox]:
+            del self._outboxes[key]
+            self._cancel_lane(key)
+            if key[1] is not None:
+                self.stats.replays.pop((key[0], key[1]), None)
+
+    def _topic(self, key: _Key) -> str:
+        partition, consumer = key
+        return self.topics.changes(partition) if consumer is None else self.topics.replay(partition, consumer)
+
+    def _stats(self, key: _Key) -> LaneStats:
+        partition, consumer = key
+        if consumer is None:
+            return self.stats.lanes.setdefault(partition, LaneStats())
+        return self.stats.replays.setdefault((partition, consumer), LaneStats())
 
     def set_state(self, partition: str, payload: bytes) -> None:
         """Set the retained state of a partition; empty clears it. Only the latest is sent, and again on every connection."""
@@ -169,8 +195,8 @@ class Publisher:
                 ]
                 if self._requests is not None:
                     background.append(group.create_task(self._requests.serve(connection)))
-                for outbox in self._outboxes.values():
-                    self._open_lane(outbox)
+                for key, outbox in self._outboxes.items():
+                    self._open_lane(key, outbox)
                 self._report(None)
                 await self._stop.wait()
                 for lane, _ in self._lanes.values():
@@ -185,18 +211,18 @@ class Publisher:
     async def _say_goodbye(self, connection: Connection) -> None:
         payload = self._status("offline", self._timestamp())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(connection.publish_acknowledged(self.topics.status, payload, retain=True), 2.0)
+            async with asyncio.timeout(2.0):
+                await connection.publish_acknowledged(self.topics.status, payload, retain=True)
 
-    def _open_lane(self, outbox: Outbox) -> None:
+    def _open_lane(self, key: _Key, outbox: Outbox) -> None:
         if self._group is None or self._connection is None or self._stop.is_set():
             return
-        stats = self.stats.lanes[outbox.partition]
-        lane = Lane(outbox, self.topics.changes(outbox.partition), stats, self._on_status, self._backoff())
+        lane = Lane(outbox, self._topic(key), self._stats(key), self._on_status, self._backoff())
         task = self._group.create_task(lane.run(self._connection, self.stats.packet or self._packet))
-        self._lanes[outbox.partition] = (lane, task)
+        self._lanes[key] = (lane, task)
 
-    def _cancel_lane(self, partition: str) -> None:
-        lane = self._lanes.pop(partition, None)
+    def _cancel_lane(self, key: _Key) -> None:
+        lane = self._lanes.pop(key, None)
         if lane is not None:
             lane[1].cancel()
 
@@ -220,7 +246,8 @@ class Publisher:
             await self._wake.wait()
 
     def _status(self, state: str, since: str) -> bytes:
-        return orjson.dumps({"state": state, "version": self._version, "since": since})
+        document: StatusDocument = {"state": state, "version": self._version, "since": since}
+        return orjson.dumps(document)
 
     def _timestamp(self) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now()))
@@ -237,7 +264,8 @@ class Publisher:
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
 
 
 async def _until_lost(connection: Connection) -> None:

@@ -1,9 +1,11 @@
 """Making a file system on a device, with everything snapfeed wants, and refusing to destroy anything by mistake."""
 
+import errno
 import os
 import shutil
 import stat
 import subprocess
+import time
 
 from comparer.errors import OperatorError
 
@@ -14,6 +16,7 @@ MKFS = {
     "btrfs": ("mkfs.btrfs", "-q", "-f"),
 }
 _PACKAGE = {"xfs": "xfsprogs", "btrfs": "btrfs-progs"}
+_PATIENCE = 2.0  # seconds
 _LABEL = {"xfs": 12, "btrfs": 255}  # bytes
 
 
@@ -34,12 +37,26 @@ def check_device(device: str) -> str:
     if where is not None:
         raise OperatorError(f"{device} is mounted at {where}: a mounted device is never formatted; unmount it first")
     try:
-        os.close(os.open(real, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        _open_alone(real)
     except PermissionError as error:
         raise OperatorError(f"{device}: no permission; run as root") from error
     except OSError as error:
         raise OperatorError(f"{device} is in use by the system ({error.strerror}); release it first") from error
     return real
+
+
+def _open_alone(real: str) -> None:
+    """Nobody else has it; somebody who only looks (a scan for file systems) is waited for. Raises OSError."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            os.close(os.open(real, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def mounted_at(real: str, rdev: int) -> str | None:

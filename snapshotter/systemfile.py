@@ -9,7 +9,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
@@ -17,7 +17,7 @@ from urllib.parse import quote
 from comparer.errors import DamageError, OperatorError, TransientError
 
 SYSTEM_FILE = b"system.db"
-VERSION = 1
+VERSION = 2
 _SCHEMA = {n: (resources.files("snapshotter.schema") / f"{n:03}.sql").read_text() for n in range(1, VERSION + 1)}
 _DEFLATE_FROM = 1024  # bytes; smaller bodies gain nothing
 
@@ -46,9 +46,30 @@ class SnapshotRow:
     path: bytes | None
 
 
+class JournalRow(NamedTuple):
+    """A diff in the journal, in short."""
+
+    seq: int
+    parent: int | None
+    time_ns: int
+    changes: int
+    bytes: int
+
+
+class ConsumerRow(NamedTuple):
+    """A consumer: its name, the diff up to which it has everything, and when it last said so."""
+
+    name: str
+    seq: int
+    time_ns: int
+
+
 @dataclass(frozen=True, slots=True)
 class DiffRow:
-    """One diff in the journal, without its pages. `parent` None: a baseline. `page_limit`: bytes its pages were made for."""
+    """One diff in the journal, without its pages. `parent` None: a baseline. `page_limit`: bytes its pages were made for.
+
+    `bytes` is what its pages take as stored; whoever adds a diff need not say it.
+    """
 
     seq: int
     parent: int | None
@@ -60,6 +81,7 @@ class DiffRow:
     changes: int
     pages: int
     page_limit: int
+    bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -106,6 +128,7 @@ class SystemFile:
                 made._migrate(0)
                 with made.transaction():
                     values = {**settings._asdict(), "next_seq": 1, "acknowledged_seq": 0, "acknowledged_page": 0}
+                    values["offered"] = 0
                     made.db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
         except BaseException:  # half of one is worse than none
             if made is not None:
@@ -217,29 +240,26 @@ class SystemFile:
     def add(self, snapshot: SnapshotRow, diff: DiffRow) -> None:
         """Record a snapshot and its diff (pages are added before, with `add_page`); inside a transaction."""
         self.db.execute("INSERT INTO snapshot VALUES (?, ?, ?, ?, ?, ?, ?)", _values(snapshot))
-        self.db.execute("INSERT INTO diff VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _values(diff))
+        self._add_diff(diff)
         self._set_meta("next_seq", snapshot.seq + 1)
 
-    def forget(self, keep: int) -> list[int]:
-        """Forget all but the newest `keep` snapshots, and the published diffs before them; returns the numbers forgotten."""
+    def _add_diff(self, diff: DiffRow) -> None:
+        size = self.db.execute("SELECT coalesce(sum(length(body)), 0) FROM page WHERE seq = ?", (diff.seq,)).fetchone()[
+            0
+        ]
+        values = (*_values(diff)[:-1], size)
+        self.db.execute("INSERT INTO diff VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def forget(self, keep: int, needed: int | None = None) -> list[int]:
+        """Forget all but the newest `keep` snapshots and those from number `needed` on; returns the numbers forgotten."""
         seqs = [
-            row[0] for row in self.db.execute("SELECT seq FROM snapshot ORDER BY seq DESC LIMIT -1 OFFSET ?", (keep,))
+            row[0]
+            for row in self.db.execute("SELECT seq FROM snapshot ORDER BY seq DESC LIMIT -1 OFFSET ?", (keep,))
+            if needed is None or row[0] < needed
         ]
         if seqs:
             self.db.execute("DELETE FROM snapshot WHERE seq <= ?", (max(seqs),))
-        self._prune()
         return seqs
-
-    def _prune(self) -> None:
-        """Drop diffs that are acknowledged and lead up to no kept snapshot but the oldest."""
-        oldest = self.db.execute("SELECT min(seq) FROM snapshot").fetchone()[0] or 0
-        seq, page = self.acknowledged()
-        row = self.db.execute("SELECT pages FROM diff WHERE seq = ?", (seq,)).fetchone()
-        published = seq if row is None or page >= row[0] else seq - 1
-        bound = min(oldest, published)
-        self.db.execute("DELETE FROM page WHERE seq <= ?", (bound,))
-        self.db.execute("DELETE FROM diff WHERE seq <= ?", (bound,))
-        self.db.execute("PRAGMA incremental_vacuum(64)").fetchall()
 
     # ---- the journal
 
@@ -248,6 +268,32 @@ class SystemFile:
         deflated = len(body) >= _DEFLATE_FROM
         stored = zlib.compress(body, 1) if deflated else body
         self.db.execute("INSERT INTO page VALUES (?, ?, ?, ?, ?)", (seq, page, count, deflated, stored))
+
+    def drop_diffs(self, last: int) -> None:
+        """Drop the diffs up to number `last` from the journal; inside a transaction."""
+        self.db.execute("DELETE FROM page WHERE seq <= ?", (last,))
+        self.db.execute("DELETE FROM diff WHERE seq <= ?", (last,))
+        self.db.execute("PRAGMA incremental_vacuum(64)").fetchall()
+
+    def merge_diffs(self, first: int, merged: DiffRow, pages: Iterable[tuple[int, bytes]]) -> None:
+        """Put one diff in the place of those from number `first` to its own; all or nothing, durable when it returns.
+
+        `pages`, (number of changes, body) each, may read the diffs they replace.
+        """
+        with self.transaction():
+            self.db.execute("CREATE TEMP TABLE IF NOT EXISTS merging (page INTEGER PRIMARY KEY, count, body)")
+            self.db.execute("DELETE FROM temp.merging")
+            self.db.executemany("INSERT INTO temp.merging (count, body) VALUES (?, ?)", pages)
+            found = self.db.execute("SELECT count(*), total(count) FROM temp.merging").fetchone()
+            for table in ("page", "diff"):
+                self.db.execute(f"DELETE FROM {table} WHERE seq BETWEEN ? AND ?", (first, merged.seq))  # noqa: S608
+            for page, count, body in self.db.execute("SELECT page, count, body FROM temp.merging ORDER BY page"):
+                self.add_page(merged.seq, page, count, body)
+            if not found[0]:  # nothing is left of them; a diff without pages would never be published
+                self.add_page(merged.seq, 1, 0, b"")
+            self._add_diff(replace(merged, changes=int(found[1]), pages=max(1, found[0])))
+            self.db.execute("DELETE FROM temp.merging")
+            self.db.execute("PRAGMA incremental_vacuum(1024)").fetchall()
 
     def page_count(self, seq: int) -> int:
         return int(self.db.execute("SELECT count(*) FROM page WHERE seq = ?", (seq,)).fetchone()[0])
@@ -286,7 +332,11 @@ class SystemFile:
             number = 0
             for number, (count, body) in enumerate(pages, 1):
                 self.add_page(seq, number, count, body)
-            self.db.execute("UPDATE diff SET pages = ?, page_limit = ? WHERE seq = ?", (number, page_limit, seq))
+            self.db.execute(
+                "UPDATE diff SET pages = ?, page_limit = ?,"
+                " bytes = (SELECT coalesce(sum(length(body)), 0) FROM page WHERE page.seq = diff.seq) WHERE seq = ?",
+                (number, page_limit, seq),
+            )
 
     def acknowledged(self) -> tuple[int, int]:
         """(seq, page) up to which everything has a good PUBACK; (0, 0) before the first."""
@@ -298,6 +348,36 @@ class SystemFile:
             self._set_meta("acknowledged_seq", seq)
             self._set_meta("acknowledged_page", page)
 
+    def published(self) -> int:
+        """The last diff of which every page has a good PUBACK, or 0."""
+        seq, page = self.acknowledged()
+        row = self.diff(seq)
+        return seq if row is None or page >= row.pages else seq - 1
+
+    def offered(self) -> int:
+        """Diffs up to this one may have been seen by somebody, though not acknowledged: they stay as they are."""
+        with translated(self.path):
+            return int(self._meta("offered"))
+
+    def offer(self, seq: int) -> None:
+        """Before a diff is handed to a publisher. Durable when it returns."""
+        with self.transaction():
+            self._set_meta("offered", seq)
+
+    def journal(self, after: int = 0, most: int = -1) -> list[JournalRow]:
+        """The diffs in the journal with a number above `after`, oldest first, at most `most` of them."""
+        with translated(self.path):
+            rows = self.db.execute(
+                "SELECT seq, parent, time_ns, changes, bytes FROM diff WHERE seq > ? ORDER BY seq LIMIT ?",
+                (after, most),
+            )
+            return [JournalRow(*row) for row in rows]
+
+    def journal_bytes(self) -> int:
+        """What all diffs in the journal take."""
+        with translated(self.path):
+            return int(self._meta("journal_bytes"))
+
     def backlog(self) -> int:
         """Diffs not yet acknowledged in full."""
         with translated(self.path):
@@ -306,6 +386,22 @@ class SystemFile:
                 {"seq": self._meta("acknowledged_seq"), "page": self._meta("acknowledged_page")},
             ).fetchone()
             return int(row[0])
+
+    # ---- consumers
+
+    def consumers(self) -> list[ConsumerRow]:
+        with translated(self.path):
+            return [ConsumerRow(*row) for row in self.db.execute("SELECT * FROM consumer ORDER BY name")]
+
+    def set_consumer(self, name: str, seq: int, time_ns: int) -> None:
+        """What a consumer has, by its own word."""
+        with self.transaction():
+            self.db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (name, seq, time_ns))
+
+    def drop_consumer(self, name: str) -> bool:
+        """Forget a consumer; whether there was one."""
+        with self.transaction():
+            return self.db.execute("DELETE FROM consumer WHERE name = ?", (name,)).rowcount > 0
 
 
 def _connect(path: bytes, mode: str) -> sqlite3.Connection:

@@ -3,21 +3,15 @@
 The walk shares nothing with the dirty set or the reconcile: it lists every directory and looks at every entry.
 """
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from comparer.model import Attr, FileType, Ident, Name, View
 
-from .backends.base import SYSTEM_DIR
-from .backends.btrfs import SNAPSHOTS
-from .backends.btrfs_view import SubvolumeView
 from .live import CoveredError, LiveTree
 from .scan import GUARD_NS, REPORT_EVERY, Places, Progress, gone
 from .table import Table
-from .visit import Visit
 
 _IGNORED = "blocks"  # allocation is the file system's own business: it changes without a change time
 _COMPARED = tuple(field.name for field in dataclasses.fields(Attr) if field.name != _IGNORED)
@@ -181,25 +175,6 @@ def _short(attr: Attr, name: str) -> str:
         return f"{value:o}"
     text = str(value) if isinstance(value, (int, str)) else ascii(value)
     return text if len(text) <= 100 else text[:97] + "..."
-
-
-@contextlib.contextmanager
-def head_view(visit: Visit, head: int) -> Iterator[View]:
-    """The view of a partition's newest snapshot: the table, or on btrfs the snapshot itself. Raises OSError, DamageError."""
-    if visit.abilities.backend != "btrfs":
-        yield Table(visit.file.db, visit.tree.root)
-        return
-    directory = os.open(
-        SYSTEM_DIR + b"/" + SNAPSHOTS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=visit.root_fd
-    )
-    try:
-        view = SubvolumeView.open(directory, b"%d" % head)
-    finally:
-        os.close(directory)
-    try:
-        yield view
-    finally:
-        view.close()
 
 
 def nameless(view: View) -> Callable[[], Iterator[Ident]] | None:

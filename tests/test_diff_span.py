@@ -14,7 +14,7 @@ from workload import Worker
 from comparer.errors import DamageError, OperatorError, TransientError
 from comparer.model import Change, FileType, Ident, Op
 from feed.encode import encode_change
-from snapshotter.systemfile import DiffRow, Settings, SystemFile
+from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
 from watcher.spans import Span, squashed_pages
 
 FILE = FileType.FILE
@@ -34,9 +34,7 @@ def journal(file, seq, *pages, parent=-1):
             file.add_page(seq, number, len(changes), b",".join(json.dumps(c).encode() for c in changes))
         parent = seq - 1 if parent == -1 else parent
         row = DiffRow(seq, parent, 0, "command", 0, "per-file", None, sum(map(len, pages)), len(pages), 1000)
-        file.db.execute(
-            "INSERT INTO diff VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [getattr(row, k) for k in row.__slots__]
-        )
+        file.add(SnapshotRow(seq, 0, "command", 0, row.changes, "per-file", None), row)
 
 
 def modify(ino, path, content, old=0, new=1, **more):

@@ -23,7 +23,10 @@ from watcher.config import Config, parse
 ETC = ROOT / "etc"
 KEYS = {
     "broker": "url username password_file ca_file cert_file key_file base host max_packet",
-    "control": "socket",
+    "control": "socket state_dir",
+    "commands": "secret_file",
+    "journal": "age bytes",
+    "consumers": "hold_snapshots hold_age",
     "defaults": "io_threshold time_threshold keep reconcile max_extents",
     "watch": "exclude unlimited_queue",
     "partition": "mount name io_threshold time_threshold keep",
@@ -42,6 +45,7 @@ def everything_on(directory):
     text = re.sub(r"^#(?=[a-z_]+ = |\[\[)", "", shipped(), flags=re.MULTILINE)
     for name in ("password", "ca.pem", "client.pem", "client.key"):
         (directory / name).write_text("x\n")
+    (directory / "command.key").write_text("0123456789abcdef\n")
     return text.replace("/etc/snapfeed/", f"{directory}/")
 
 

@@ -6,9 +6,12 @@ import orjson
 from broker_processes import ROOT
 
 from comparer.model import Attr, ByteRanges, Change, FileType, Ident, Op, Range
-from feed.commands import VERBS, answer, parse_command
-from feed.encode import CHANGED, decode_change, encode_attr, encode_change
+from feed.cloudevents import event
+from feed.commands import LOCAL_VERBS, VERBS, answer, parse_command
+from feed.documents import CHANGED
+from feed.encode import decode_change, encode_attr, encode_change
 from feed.pages import Envelope, parse_page
+from feed.schema import files
 from watcher.state import Last, State
 
 TEXT = (ROOT / "docs/feed.md").read_text(encoding="utf-8")
@@ -64,8 +67,19 @@ def test_every_attribute_is_described():
 
 def test_every_field_of_a_state_is_described():
     state = State("data", "/data", "xfs", None, last=Last("time", 1, 1))
-    assert table("The state of a partition") == set(state.document()) | {"published"}
+    assert table("The state of a partition") == set(state.document(0)) | {"published"}
 
 
 def test_every_verb_is_described():
     assert table("Commands") == set(VERBS)
+
+
+def test_every_schema_is_described():
+    verbs = (*VERBS, *LOCAL_VERBS)
+    described = {name.replace("<verb>", verb) for name in table("Schemas") for verb in verbs}
+    assert described == set(files())
+
+
+def test_every_attribute_of_an_event_is_described():
+    page = orjson.dumps(example("changes"))
+    assert table("CloudEvents") == {name for name, _ in event(page, "changes").attributes} | {"datacontenttype"}

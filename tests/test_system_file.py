@@ -3,6 +3,8 @@
 import contextlib
 import shutil
 import sqlite3
+from dataclasses import replace
+from importlib import resources
 
 import pytest
 from broker_processes import collector, mosquitto
@@ -11,6 +13,7 @@ from daemon_process import HOST, adopt, daemon
 from partitions import partition, wait_until
 
 from comparer.errors import DamageError, OperatorError, TransientError
+from snapshotter.retention import Limits, needed, prune, to_squash
 from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
 
 SETTINGS = Settings("an-epoch", "a-uuid", "partition", 1 << 20, 60.0, 0)
@@ -23,13 +26,13 @@ def made(tmp_path):
     return path
 
 
-def record(file, seq, parent, pages=((1, b"{}"),)):
+def record(file, seq, parent, pages=((1, b"{}"),), time_ns=0):
     with file.transaction():
         for number, (count, body) in enumerate(pages, 1):
             file.add_page(seq, number, count, body)
         file.add(
             SnapshotRow(seq, 0, "command", 0, 1, "metadata", None),
-            DiffRow(seq, parent, 0, "command", 0, "metadata", None, 1, len(pages), 1000),
+            DiffRow(seq, parent, time_ns, "command", 0, "metadata", None, 1, len(pages), 1000),
         )
 
 
@@ -55,10 +58,83 @@ def test_numbers_go_on_and_what_is_unpublished_is_kept(made):
         file.acknowledge(7, 1)
         with file.transaction():
             assert file.forget(2) == [8, 7, 6, 5, 4, 3, 2, 1]
+            prune(file, Limits(bytes=0), 0)
         assert [row.seq for row in file.snapshots()] == [9, 10]
         assert file.diff(7) is None
         assert [file.diff(seq).seq for seq in (8, 9, 10)] == [8, 9, 10]
         assert file.next_seq() == 11
+
+
+def test_published_diffs_go_by_age_and_by_bytes(made):
+    with SystemFile.open(made) as file:
+        for seq in range(1, 21):
+            record(file, seq, seq - 1 or None, [(1, bytes(100))], time_ns=seq * 10**9)
+        file.acknowledge(15, 1)
+        with file.transaction():
+            file.forget(2)
+            prune(file, Limits(age=15.0, bytes=10**9), 20 * 10**9)
+            assert [row.seq for row in file.journal()] == list(range(5, 21))
+            prune(file, Limits(age=10**6, bytes=700), 20 * 10**9)
+            assert [row.seq for row in file.journal()] == list(range(14, 21))
+            prune(file, Limits(age=10**6, bytes=0), 20 * 10**9)
+            assert [row.seq for row in file.journal()] == list(range(16, 21)), "what is not published stays"
+
+
+def test_a_consumer_holds_snapshots_up_to_a_bound(made):
+    with SystemFile.open(made) as file:
+        for seq in range(1, 41):
+            record(file, seq, seq - 1 or None)
+        file.set_consumer("late", 10, 100 * 10**9)
+        file.set_consumer("later", 20, 100 * 10**9)
+        now = 101 * 10**9
+        assert needed(file, Limits(), now) == 10
+        assert needed(file, Limits(hold_snapshots=5), now) == 36
+        assert needed(file, Limits(hold_age=0.5), now) is None, "not heard of for too long"
+        with file.transaction():
+            assert file.forget(2, needed(file, Limits(), now)) == list(range(9, 0, -1))
+        assert [row.seq for row in file.snapshots()] == list(range(10, 41))
+        assert file.drop_consumer("late")
+        assert not file.drop_consumer("late")
+        assert needed(file, Limits(), now) == 20
+
+
+def test_what_nobody_can_have_seen_is_squashed_beyond_the_bounds(made):
+    with SystemFile.open(made) as file:
+        for seq in range(1, 41):
+            record(file, seq, seq - 1 or None, [(1, bytes(100))], time_ns=seq * 10**9)
+        file.acknowledge(3, 1)
+        file.offer(5)
+        now = 40 * 10**9
+        assert to_squash(file, Limits(), now, 16) is None
+        assert to_squash(file, Limits(bytes=2000), now, 16) == (6, 25)
+        assert to_squash(file, Limits(age=30.0), now, 16) == (6, 9)
+        file.set_consumer("one", 12, now)
+        assert to_squash(file, Limits(bytes=2000), now, 16) == (6, 12)
+        merged = file.diff(12)
+        file.merge_diffs(6, replace(merged, parent=5), [(3, b"abc"), (4, b"def")])
+        found = file.diff(12)
+        assert (found.parent, found.changes, found.pages, found.bytes) == (5, 7, 2, 6)
+        assert file.page(12, 2) == (4, b"def")
+        assert file.next_diff(6).seq == 12
+        assert to_squash(file, Limits(bytes=1000), now, 16) == (13, 25), "what is large already is left alone"
+        file.merge_diffs(13, replace(file.diff(25), parent=12), [])
+        assert (file.diff(25).pages, file.diff(25).changes, file.page(25, 1)) == (1, 0, (0, b""))
+
+
+def test_version_1_is_brought_up_to_date(tmp_path):
+    path = bytes(tmp_path / "system.db")
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript((resources.files("snapshotter.schema") / "001.sql").read_text())
+        values = {**SETTINGS._asdict(), "next_seq": 8, "acknowledged_seq": 7, "acknowledged_page": 1}
+        db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
+        db.execute("INSERT INTO diff VALUES (7, 6, 0, 'command', 0, 'metadata', NULL, 1, 1, 1000)")
+        db.execute("INSERT INTO page VALUES (7, 1, 1, 0, x'7b7d')")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+    with SystemFile.open(path, check=True) as file:
+        assert file.settings() == SETTINGS
+        assert (file.offered(), file.next_seq(), file.consumers()) == (7, 8, [])
+        assert file.diff(7).bytes == 2
 
 
 def test_a_transaction_that_fails_leaves_nothing(made):

@@ -13,9 +13,10 @@ from workload import Worker
 
 from comparer.dirty import Dirty
 from comparer.errors import DamageError
+from snapshotter.held import held
 from snapshotter.partition import partition_at
 from snapshotter.scan import GUARD_NS
-from snapshotter.verify import head_view, nameless, verify
+from snapshotter.verify import nameless, verify
 from snapshotter.visit import Visit
 from watcher.work import Order, take
 
@@ -49,7 +50,7 @@ class Verifier:
             take(visit, Order("command", Dirty(), 0, self.taken, 4, 1 << 17), Dirty, lambda _: None)
 
     def found(self, taken=None):
-        with Visit(self.partition) as visit, head_view(visit, visit.file.head()) as view:
+        with Visit(self.partition) as visit, held(visit, visit.file.head()) as (view, _):
             entries = []
             since = self.taken if taken is None else taken
             return list(verify(visit.tree, view, since, entries.append, nameless(view)))

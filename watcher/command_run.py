@@ -5,6 +5,8 @@ import asyncio
 import logging
 import os
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import orjson
@@ -29,7 +31,20 @@ def run(options: argparse.Namespace) -> int:
     reload = Reload(options.config, lambda config: _adjusted(options, config))
     daemon = Daemon(reload(), options.mountpoints, reload)
     asyncio.run(daemon.run())
+    _leave_stuck_threads()
     return 0
+
+
+def _leave_stuck_threads() -> None:
+    """Python waits for its threads when it ends; one that hangs in a frozen file system must not keep a stopped daemon alive."""
+    end = time.monotonic() + 2.0
+    for thread in threading.enumerate():
+        if thread.name.startswith("snapfeed-"):
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                logging.getLogger(__name__).warning("leaving %s, which waits for its partition", thread.name)
+                logging.shutdown()
+                os._exit(0)
 
 
 def start_logging(level: str) -> None:

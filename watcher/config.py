@@ -8,10 +8,13 @@ from typing import Any
 
 from comparer.errors import OperatorError
 from feed.broker import NAME, BrokerConfig, check, slug, topics
+from feed.signing import read_secret
+from snapshotter.retention import Limits
 
 from .units import parse_duration, parse_size
 
 SOCKET = "/run/snapfeed/control.sock"
+STATE_DIR = "/var/lib/snapfeed"
 KEEP = 16
 
 
@@ -45,7 +48,17 @@ class Config:
     max_extents: int = 50_000
     exclude: tuple[str, ...] = ()
     unlimited_queue: bool = True
+    limits: Limits = field(default_factory=Limits)
+    secret: bytes | None = field(default=None, repr=False)
+    state_dir: str | None = None
     partitions: tuple[PartitionConfig, ...] = field(default_factory=tuple)
+
+    def where_state_is(self) -> str:
+        """The directory of what the daemon itself remembers: configured, systemd's, or beside a socket of one's own."""
+        if self.state_dir is not None:
+            return self.state_dir
+        given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+        return given or (STATE_DIR if self.socket == SOCKET else os.path.dirname(self.socket) or ".")
 
     def of(self, mount: str) -> PartitionConfig:
         """What is configured for a mount point."""
@@ -100,7 +113,10 @@ _BROKER: Checks = {
     "url": _text, "username": _text, "password_file": _text, "ca_file": _text, "cert_file": _text, "key_file": _text,
     "base": _text, "host": _name, "max_packet": _count(8192, 268_435_455),
 }  # fmt: skip
-_CONTROL: Checks = {"socket": _mount}
+_CONTROL: Checks = {"socket": _mount, "state_dir": _mount}
+_JOURNAL: Checks = {"age": parse_duration, "bytes": parse_size}
+_CONSUMERS: Checks = {"hold_snapshots": _count(0, 1_000_000), "hold_age": parse_duration}
+_COMMANDS: Checks = {"secret_file": _mount}
 _DEFAULTS: Checks = {
     "io_threshold": parse_size,
     "time_threshold": parse_duration,
@@ -116,7 +132,15 @@ _PARTITION: Checks = {
     "time_threshold": parse_duration,
     "keep": _count(2, 10_000),
 }
-_TABLES: Mapping[str, Checks] = {"broker": _BROKER, "control": _CONTROL, "defaults": _DEFAULTS, "watch": _WATCH}
+_TABLES: Mapping[str, Checks] = {
+    "broker": _BROKER,
+    "control": _CONTROL,
+    "defaults": _DEFAULTS,
+    "watch": _WATCH,
+    "journal": _JOURNAL,
+    "consumers": _CONSUMERS,
+    "commands": _COMMANDS,
+}
 
 
 def _checked(table: Any, checks: Checks, where: str) -> dict[str, Any]:
@@ -170,6 +194,8 @@ def _parse(document: dict[str, Any]) -> Config:
         **tables["control"],
         **tables["defaults"],
         **tables["watch"],
+        limits=Limits(**tables["journal"], **tables["consumers"]),
+        secret=read_secret(tables["commands"]["secret_file"]) if tables["commands"] else None,
         partitions=tuple(partitions),
     )
 

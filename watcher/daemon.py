@@ -16,6 +16,7 @@ import orjson
 
 from comparer.errors import OperatorError
 from feed.broker import BrokerConfig
+from feed.documents import StateDocument
 from feed.embedded import EmbeddedBroker
 from feed.pages import Envelope, chunk_limit
 from feed.publisher import Publisher
@@ -23,10 +24,12 @@ from snapshotter.partition import Partition, adopted, is_adopted, label_of, part
 
 from .config import Config, partition_name
 from .control import ControlServer
+from .ledger import Ledger
 from .mountwatch import MountWatch
 from .notify import sd_notify, watchdog_interval
 from .outbox import JournalOutbox
 from .pipeline import Pipeline, Rules, printable_path
+from .replays import Replays
 from .service import Service
 
 log = logging.getLogger(__name__)
@@ -45,8 +48,11 @@ class Daemon:
         self._stop = asyncio.Event()
         self._embedded: EmbeddedBroker | None = None
         self._publisher: Publisher | None = None
-        self._service = Service(self)
-        self._control = ControlServer(config.socket, self._service)
+        self._replays = Replays(self._lanes)
+        self._control: ControlServer | None = None
+        self._service: Service | None = None
+        self._ledger = Ledger()
+        self._ending: set[asyncio.Task[None]] = set()
         self._stale: set[str] = set()
         self._news = asyncio.Event()
         self._told: set[str] = set()  # mount points that were said to be served by another name
@@ -61,11 +67,15 @@ class Daemon:
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. Raises OperatorError for what keeps it from starting."""
         loop = asyncio.get_running_loop()
+        host = (self.config.broker or self.config.draft).host
+        self._service = Service(self, self._replays, self._ledger, self.config.host or host, self.config.secret)
+        self._control = ControlServer(self.config.socket, self._service)
         await self._control.start()
         tasks: list[asyncio.Task[None]] = []
         watch: MountWatch | None = None
         try:
             found = self._wanted(start=True)
+            self._ledger.open(self.config.where_state_is())
             broker = await self._broker()
             self._publisher = Publisher(
                 broker, version=version("snapfeed"), handler=self._service.handle, on_status=self._feed_status
@@ -101,7 +111,9 @@ class Daemon:
 
     async def _shut_down(self, tasks: list["asyncio.Task[None]"], watch: MountWatch | None) -> None:
         log.info("stopping")
-        await self._control.stop()
+        if self._control is not None:
+            await self._control.stop()
+        await self._replays.end_all()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -117,6 +129,7 @@ class Daemon:
             watch.close()
         if self._embedded is not None:
             await self._embedded.stop()
+        self._ledger.close()
 
     async def _broker(self) -> BrokerConfig:
         if self.config.broker is not None:
@@ -187,6 +200,7 @@ class Daemon:
             opened=self._opened,
             closed=self._closed,
         )
+        pipeline.sending = lambda: self._replays.running(name)
         self._pipelines[name] = pipeline
         task = asyncio.create_task(pipeline.run(), name=f"pipeline {name}")
         task.add_done_callback(self._ended)
@@ -203,6 +217,7 @@ class Daemon:
             chunk_limit(self._publisher.config.max_packet),
             config.max_extents,
             config.unlimited_queue,
+            config.limits,
         )
 
     def rescan(self) -> None:
@@ -235,8 +250,14 @@ class Daemon:
             self._publisher.add(outbox)
 
     def _closed(self, outbox: JournalOutbox) -> None:
+        self._ending.add(task := asyncio.create_task(self._replays.end_all(outbox.partition)))
+        task.add_done_callback(self._ending.discard)
         if self._publisher is not None:
             self._publisher.remove(outbox)
+
+    def _lanes(self) -> Publisher:
+        assert self._publisher is not None  # noqa: S101 - commands are carried out only while it is there
+        return self._publisher
 
     def _reload_config(self) -> None:
         """SIGHUP: thresholds, retention and partitions change at once; broker and socket at the next start."""
@@ -245,13 +266,26 @@ class Daemon:
         except OperatorError as error:
             log.error("configuration not changed: %s", error)  # noqa: TRY400 - no trace for an operator's error
             return
-        if (config.broker, config.socket) != (self.config.broker, self.config.socket):
-            log.warning("broker and control socket change only with a restart")
-        self.config = replace(config, broker=self.config.broker, socket=self.config.socket)
+        fixed = ("broker", "socket", "state_dir", "secret", "host", "base")
+        if any(getattr(config, name) != getattr(self.config, name) for name in fixed):
+            log.warning("[broker], [control] and [commands] change only with a restart")
+        self.config = replace(config, **{name: getattr(self.config, name) for name in fixed})
+        self._say_what_stays()
         for pipeline in self._pipelines.values():
             pipeline.configure(self._rules(os.fsdecode(pipeline.partition.path)))
         self.rescan()
         log.info("configuration read again")
+
+    def _say_what_stays(self) -> None:
+        """A partition keeps its name as long as the daemon lives: topics do not change under consumers."""
+        for pipeline in self._pipelines.values():
+            wanted = self.config.of(os.fsdecode(pipeline.partition.path))
+            if wanted.name is not None and wanted.name != pipeline.name:
+                log.warning("%s is called %s only after a restart", pipeline.name, wanted.name)
+        named = [os.path.realpath(p.mount) for p in self.config.partitions]
+        for pipeline in self._pipelines.values():
+            if named and not self._fixed and os.path.realpath(os.fsdecode(pipeline.partition.path)) not in named:
+                log.warning("%s is not configured any more; it is left alone only after a restart", pipeline.name)
 
     # ---- what is said
 
@@ -274,20 +308,22 @@ class Daemon:
                 self._publisher.set_state(name, orjson.dumps(self._document(self._pipelines[name])))
             await asyncio.sleep(STATE_INTERVAL)
 
-    def _document(self, pipeline: Pipeline) -> dict[str, Any]:
+    def _document(self, pipeline: Pipeline) -> StateDocument:
         assert self._publisher is not None  # noqa: S101 - made before this is asked
         lane = self._publisher.stats.lanes.get(pipeline.name)
         state = pipeline.state
         state.feed_error = (lane.last_error if lane else None) or self._publisher.last_error
         position = pipeline.outbox.acknowledged if pipeline.outbox is not None else None
-        document = state.document()
+        document = state.document(time.time_ns())
         document["published"] = {"seq": position.seq, "page": position.page} if position is not None else None
         return document
 
     def overview(self) -> dict[str, Any]:
         """What `snapfeed status` shows."""
         publisher = self._publisher
-        assert publisher is not None  # noqa: S101 - the socket answers only while it is there
+        service = self._service
+        assert publisher is not None and service is not None  # noqa: S101, PT018 - the socket answers only while they are there
+        requests = publisher.stats.requests
         with open("/proc/self/statm", encoding="ascii") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return {
@@ -305,7 +341,11 @@ class Daemon:
                 "protocol": publisher.stats.protocol,
                 "connections": publisher.stats.connections,
             },
-            "commands": {"executed": self._service.executed, "refused": self._service.refused},
+            "commands": {
+                "executed": service.executed,
+                "refused": service.refused + requests.retained + requests.busy + requests.dropped,
+                "trouble": self._ledger.trouble,
+            },
             "partitions": [self._document(p) for p in self._pipelines.values()],
         }
 

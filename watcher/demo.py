@@ -393,7 +393,8 @@ async def show(demo: Demo) -> None:
     url = await loop.run_in_executor(None, demo.start_daemon)
     subscriber = Subscriber(BrokerConfig(url=url))
     consuming = asyncio.create_task(demo.subscribe(subscriber))
-    await asyncio.wait_for(subscriber.subscribed.wait(), 20)
+    async with asyncio.timeout(20):
+        await subscriber.subscribed.wait()
     await loop.run_in_executor(None, demo.make_partitions)
     working = asyncio.create_task(demo.work())
     done, _ = await asyncio.wait((consuming, working), return_when=asyncio.FIRST_COMPLETED)

@@ -1,15 +1,16 @@
 """One partition's pipeline: watch, decide, work, publish; independent of every other partition's."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from comparer.dirty import Dirty
 from comparer.errors import DamageError, OperatorError, SnapfeedError, TransientError
@@ -17,22 +18,26 @@ from feed.escape import printable
 from feed.pages import Envelope
 from snapshotter.adopt import quarantine
 from snapshotter.partition import Partition, still_mounted
-from snapshotter.systemfile import Settings, SystemFile
+from snapshotter.retention import Limits
+from snapshotter.systemfile import ConsumerRow, Settings, SystemFile
 from snapshotter.visit import Abilities, Visit
 
+from .baselines import sweep_spools
 from .meters import Volume, meters_for
 from .outbox import JournalOutbox
 from .sources.base import EventSource, SourceError
 from .sources.canary import self_test
 from .sources.choose import make_source
-from .state import Last, State
+from .state import Consumer, Last, State
 from .triggers import Due, Facts, Trigger, decide, next_look
-from .work import Done, Order, sweep, take, thread_io, touch_canary
+from .work import Done, Order, journal_of, sweep, take, thread_io, touch_canary
 
 log = logging.getLogger(__name__)
 POLL = (1.0, 8.0)  # seconds between two readings of the meters: while something happens, and at most when nothing does
 SILENT = 8 << 20  # bytes written without any event that are a reason to look
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
+_IMPATIENCE = 1.0  # seconds between two looks whether the loop is ending
+_PATIENCE = 10.0  # seconds for a snapshot under way when the daemon stops
 T = TypeVar("T")
 
 
@@ -47,6 +52,7 @@ class Rules:
     chunk_limit: int
     max_extents: int = 50_000
     unlimited_queue: bool = True
+    limits: Limits = field(default_factory=Limits)
 
 
 class Unmounted(Exception):  # noqa: N818 - not an error: the partition went
@@ -76,6 +82,8 @@ class Pipeline:
         self.rules = rules
         self.state = State(name, printable_path(partition.path), partition.fs_type, partition.uuid, kind=partition.kind)
         self.outbox: JournalOutbox | None = None
+        self.pins: dict[str, int] = {}  # snapshots that are being read, by who reads them
+        self.sending: Callable[[], list[tuple[str, str]]] = list  # (consumer, what) that is being sent
         self._envelope = envelope
         self._topic = topic
         self._changed = changed
@@ -99,6 +107,7 @@ class Pipeline:
         self._checked = 0.0
         self._again = 0
         self._busy = False
+        self._closing = False
 
     # ---- for others, in the loop's thread
 
@@ -144,6 +153,7 @@ class Pipeline:
         self.state.io_threshold = self.rules.io_threshold or io
         self.state.time_threshold = self.rules.time_threshold or seconds
         self.state.keep = self.rules.keep
+        self.state.limits = self.rules.limits
         self._wake.set()
         self._changed(self)
 
@@ -155,9 +165,31 @@ class Pipeline:
         """Run a function over a visit to the partition, in the partition's thread. Raises SnapfeedError, OSError."""
         return await self._visit(function)
 
+    def envelope(self) -> Envelope:
+        """What is the same for all pages of this partition. Raises TransientError while it is not there."""
+        if self.state.epoch is None or self.state.uuid is None:
+            raise TransientError(f"{self.name}: {self.state.state}")
+        return self._envelope(self.name, self.state.uuid, self.state.epoch)
+
+    async def refresh(self) -> None:
+        """Read again who consumes, and what the journal holds: something was said about it."""
+        self._told(*await self.in_file(lambda file: (file.consumers(), journal_of(file))))
+        self._changed(self)
+
+    def _told(self, consumers: list[ConsumerRow], journal: tuple[int, int, int]) -> None:
+        sending = dict(self.sending())
+        self.state.consumers = tuple(Consumer(c.name, c.seq, c.time_ns, sending.get(c.name)) for c in consumers)
+        self.state.journal = journal
+
     async def close(self) -> None:
         if self.outbox is not None:
             await self.outbox.flush()
+        # the thread may be in the middle of a snapshot, and that one ask the loop, which must not have ended
+        with contextlib.suppress(TimeoutError):
+            idle = asyncio.get_running_loop().run_in_executor(self._executor, bool)
+            async with asyncio.timeout(_PATIENCE):
+                await asyncio.shield(idle)
+        self._closing = True
         self._detach()
         self._executor.shutdown(wait=False)
 
@@ -213,7 +245,8 @@ class Pipeline:
         while not self._mounted():
             self._mounts.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._mounts.wait(), RETRY[-1])
+                async with asyncio.timeout(RETRY[-1]):
+                    await self._mounts.wait()
         log.info("%s: mounted again at %s", self.name, self.state.mount)
 
     async def _wait(self, failures: int, error: Exception) -> None:
@@ -222,7 +255,8 @@ class Pipeline:
         log.error("%s: %s; trying again in %g s", self.name, describe(error), seconds)
         self._mounts.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._mounts.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._mounts.wait()
 
     def _stop_following(self, state: str, reason: str) -> None:
         self._detach()
@@ -278,7 +312,8 @@ class Pipeline:
         self._abilities = None
 
         def look(visit: Visit) -> tuple[Abilities, Settings, int | None, int, str]:
-            removed = sweep(visit)
+            removed = sweep(visit) + sweep_spools(visit)
+            self._told(visit.file.consumers(), journal_of(visit.file))
             if removed:
                 log.info("%s: removed %d leftovers of an unfinished snapshot", self.name, removed)
             backend = visit.backend()
@@ -353,7 +388,8 @@ class Pipeline:
             due = decide(facts)
             if due is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._next_look(facts))
+                    async with asyncio.timeout(self._next_look(facts)):
+                        await self._wake.wait()
             elif due.trigger is None:
                 self._heartbeat(Trigger.TIME)
             else:
@@ -418,9 +454,12 @@ class Pipeline:
                     lost_meanwhile.append(found.lost)
                 return found
 
-            return asyncio.run_coroutine_threadsafe(now(), loop).result()
+            return self._from_loop(now(), loop)
 
-        order = Order(trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit)
+        order = Order(
+            trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit, self.rules.limits,
+            min(self.pins.values(), default=None),
+        )  # fmt: skip
         try:
             self._busy = True
             done = await self._visit(
@@ -444,6 +483,16 @@ class Pipeline:
             if not future.done():
                 future.set_result(done)
 
+    def _from_loop(self, coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
+        """In the partition's thread: have the loop run something. Raises TransientError once the loop is ending: it may not."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        while True:
+            try:
+                return future.result(timeout=_IMPATIENCE)
+            except concurrent.futures.TimeoutError:
+                if self._closing:
+                    raise TransientError("the daemon is stopping") from None
+
     def _why_everything(self, trigger: Trigger, *, silent: bool) -> str | None:
         if self._source is None:
             return "no events here"
@@ -463,6 +512,7 @@ class Pipeline:
             self._checked = self._last
         state = self.state
         state.head, state.progress, state.volume, state.backlog = done.seq, None, 0, done.backlog
+        state.journal = done.journal
         state.excluded = tuple(printable_path(p) for p in done.excluded)
         skipped = None if done.recorded else "no change"
         state.last = Last(

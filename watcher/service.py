@@ -1,9 +1,11 @@
 """Commands carried out: one implementation for MQTT and for the control socket."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
@@ -11,18 +13,25 @@ import orjson
 
 from comparer.errors import SnapfeedError
 from feed.commands import Command, CommandError, Executed, RateLimit, answer, parse_command
+from feed.documents import SnapshotData, ThresholdsData
 from feed.pages import chunk_limit
 from feed.requests import Request
+from feed.signing import why_not
 from snapshotter.systemfile import SystemFile
+from snapshotter.visit import Visit
 
+from .baselines import Spool
+from .ledger import Ledger
 from .pipeline import Pipeline, describe
+from .replays import Replays, check_consumer
 from .spans import Span
 from .verification import watched
 from .work import Done
 
 log = logging.getLogger(__name__)
 RATE, BURST = 20.0, 50  # commands a second, from whoever sends them over MQTT
-LATER = frozenset({"replay", "baseline", "ack"})
+ACKS, ACKS_AT_ONCE = 500.0, 2000  # `ack` is small, and told by every consumer for every diff
+_READING = frozenset({"state", "ack"})  # may be repeated: nothing comes of it
 
 
 class Partitions(Protocol):
@@ -36,11 +45,28 @@ class Partitions(Protocol):
 
 
 class Service:
-    def __init__(self, daemon: Partitions, now: Callable[[], float] = time.monotonic) -> None:
+    """`secret`: what commands over MQTT must be signed with. `ledger`: those carried out, on the disk."""
+
+    def __init__(
+        self,
+        daemon: Partitions,
+        replays: Replays,
+        ledger: Ledger,
+        host: str,
+        secret: bytes | None = None,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._daemon = daemon
+        self._replays = replays
+        self._ledger = ledger
+        self._host = host
+        self._secret = secret
         self._now = now
+        self._wall = wall
         self._executed = Executed()
         self._limit = RateLimit(RATE, BURST)
+        self._acks = RateLimit(ACKS, ACKS_AT_ONCE)
         self.refused = 0
         self.executed = 0
 
@@ -49,9 +75,10 @@ class Service:
     async def handle(self, request: Request) -> bytes:
         """Answer a command that came over MQTT. Never raises for what a command can be."""
         try:
-            if not self._limit.allow(self._now()):
-                raise CommandError("too many commands; slow down")
-            command = parse_command(request.verb, request.payload)
+            limit = self._acks if request.verb == "ack" else self._limit
+            if not limit.allow(self._now()):
+                raise CommandError("too many commands; slow down", _id_of(request.payload))
+            command = parse_command(request.verb, request.payload, lambda document: self._unsigned(request, document))
         except CommandError as error:
             return self._refuse(request.verb, error.id, error)
         earlier = self._executed.reply(command)
@@ -59,6 +86,15 @@ class Service:
             return earlier
         if not self._executed.begin(command):
             return self._refuse(command.verb, command.id, CommandError("a command with this id is being carried out"))
+        if command.verb not in _READING:
+            known, told = self._ledger.earlier(command)
+            if known:
+                if told is None:
+                    why = "it was begun by a daemon that ended meanwhile, and is not done twice; look at `state`"
+                    told = self._refuse(command.verb, command.id, CommandError(why))
+                self._executed.finish(command, told)
+                return told
+            self._ledger.begin(command, self._wall())
         try:
             reply = answer(command.id, await self.execute(command))
         except SnapfeedError as error:
@@ -67,19 +103,26 @@ class Service:
             self._executed.forget(command)
             raise
         self._executed.finish(command, reply)
+        if command.verb not in _READING:
+            self._ledger.finish(command, reply, self._wall())
         return reply
+
+    def _unsigned(self, request: Request, document: Mapping[str, Any]) -> str | None:
+        if self._secret is None:
+            return None
+        return why_not(self._secret, request.verb, self._host, document, self._wall())
 
     def _refuse(self, verb: str, identifier: str | None, error: SnapfeedError) -> bytes:
         self.refused += 1
         log.warning("command %s refused: %s", ascii(verb)[:80], describe(error))
-        return answer(identifier, error=describe(error))
+        return answer(identifier, data=getattr(error, "data", None), error=describe(error))
 
     # ---- both
 
     async def execute(self, command: Command) -> Any:
         """Carry out a command that was checked; raises SnapfeedError."""
-        if command.verb in LATER:
-            raise CommandError(f"{command.verb}: not in this version")
+        if command.verb in ("replay", "baseline", "ack"):
+            return await self._for_consumer(command)
         targets = self.find([command.partition] if command.partition is not None else [])
         self.executed += 1
         if command.verb == "snapshot":
@@ -87,7 +130,7 @@ class Service:
             return found[0] if command.partition is not None else found
         if command.verb == "thresholds":
             return await self._thresholds(targets, command.fields)
-        documents = [p.state.document() for p in targets]
+        documents = [p.state.document(time.time_ns()) for p in targets]
         return documents[0] if command.partition is not None else documents
 
     def find(self, names: list[str]) -> list[Pipeline]:
@@ -105,14 +148,27 @@ class Service:
             found.append(match)
         return found
 
-    async def snapshots(self, targets: list[Pipeline]) -> list[dict[str, Any]]:
+    async def snapshots(self, targets: list[Pipeline]) -> list[SnapshotData]:
         done = await asyncio.gather(*(p.snapshot() for p in targets), return_exceptions=True)
         for result in done:
             if isinstance(result, BaseException):
                 raise result
         return [snapshot_data(p, d) for p, d in zip(targets, done, strict=True) if isinstance(d, Done)]
 
-    async def _thresholds(self, targets: list[Pipeline], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    async def _for_consumer(self, command: Command) -> dict[str, Any]:
+        if command.partition is None:
+            raise CommandError(f"`{command.verb}` needs the field `partition`")
+        (pipeline,) = self.find([command.partition])
+        consumer, fields = command.fields["consumer"], command.fields
+        self.executed += 1
+        if command.verb == "baseline":
+            return await self._replays.baseline(pipeline, consumer, time.time_ns())
+        if command.verb == "replay":
+            since = fields["since"]
+            return await self._replays.replay(pipeline, consumer, since["epoch"], since["seq"], time.time_ns())
+        return await acknowledge(pipeline, consumer, fields["epoch"], fields["seq"])
+
+    async def _thresholds(self, targets: list[Pipeline], fields: Mapping[str, Any]) -> list[ThresholdsData]:
         from .units import parse_duration, parse_size  # noqa: PLC0415
 
         io = parse_size(fields["io_threshold"], "io_threshold") if fields.get("io_threshold") is not None else None
@@ -151,6 +207,16 @@ class Service:
             while (chunk := await pipeline.in_file(span.step)) is not None:
                 if chunk.count:
                     yield orjson.Fragment(b"[" + chunk.data + b"]")
+        elif verb == "export":
+            (pipeline,) = self.find([_text(document, "partition")])
+            async for item in export(pipeline, document):
+                yield item
+        elif verb == "forget":
+            (pipeline,) = self.find([_text(document, "partition")])
+            consumer = _text(document, "consumer")
+            if not await pipeline.in_file(lambda file: file.drop_consumer(consumer)):
+                raise CommandError(f"{pipeline.name} knows no consumer {ascii(consumer)[:80]}")
+            await pipeline.refresh()
         elif verb == "reconcile":
             for pipeline in self.find([_text(document, "partition")]):
                 pipeline.reconcile("asked for")
@@ -163,6 +229,96 @@ class Service:
             raise CommandError(f"unknown command {ascii(verb)[:80]}")
 
 
+async def acknowledge(pipeline: Pipeline, consumer: str, epoch: str, seq: int) -> dict[str, Any]:
+    """A consumer has everything up to a diff. Raises CommandError, TransientError."""
+
+    def note(file: SystemFile) -> None:
+        current, head = file.settings().epoch, file.head() or 0
+        if epoch != current:
+            raise CommandError(f"epoch {ascii(epoch)[:80]} is not that of {pipeline.name}, which is {current}")
+        if seq > head:
+            raise CommandError(f"snapshot {seq} does not exist yet: the head of {pipeline.name} is {head}")
+        before = next((row.seq for row in file.consumers() if row.name == consumer), 0)
+        file.set_consumer(consumer, max(before, seq), time.time_ns())
+
+    await pipeline.in_file(note)
+    await pipeline.refresh()
+    return {"partition": pipeline.name, "consumer": consumer, "epoch": epoch, "seq": seq}
+
+
+async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterator[Any]:
+    """The position first, then lists of changes: from where a consumer is (or `from`) to the head, or the whole state.
+
+    Raises CommandError, TransientError, OSError.
+    """
+    consumer = document.get("consumer")
+    if consumer is not None:
+        check_consumer(consumer)
+    given = None if document.get("from") is None else _seq(document, "from")
+    spool = Spool(f"export-{uuid.uuid4().hex}", chunk_limit())
+
+    def begin(visit: Visit) -> tuple[dict[str, Any], Span | None]:
+        file = visit.file
+        rows = file.snapshots()
+        if not rows:
+            raise CommandError(f"{pipeline.name} has no snapshot yet; ask again when there is one")
+        head, since = rows[-1], given
+        known = next((row.seq for row in file.consumers() if row.name == consumer), None)
+        if since is None:
+            since = known
+        whole = since is None or not leads(file, since, head.seq)
+        if whole and given is not None:
+            raise CommandError(f"the journal of {pipeline.name} does not lead from {given} to {head.seq} any more")
+        if consumer is not None and known is None:
+            file.set_consumer(consumer, 0, time.time_ns())
+        if whole:
+            spool.begin(visit)
+        path = None if head.path is None else head.path.decode()
+        facts = {
+            "partition": pipeline.name, "mount": pipeline.state.mount, "epoch": file.settings().epoch,
+            "from": None if whole else since, "seq": head.seq, "snapshot": path, "consistency": head.consistency,
+            "baseline": whole,
+        }  # fmt: skip
+        return facts, None if whole or since is None else Span(since, head.seq, chunk_limit())
+
+    try:
+        facts, span = await pipeline.in_visit(begin)
+        pipeline.pins[spool.consumer] = facts["seq"]
+        yield facts
+        if span is not None:
+            while (chunk := await pipeline.in_file(span.step)) is not None:
+                if chunk.count:
+                    yield orjson.Fragment(b"[" + chunk.data + b"]")
+            return
+        while await pipeline.in_visit(spool.step):
+            pass
+        for number in range(1, spool.pages + 1):
+            body = await pipeline.in_visit(lambda visit, number=number: spool.page(visit, number))  # type: ignore[misc]
+            yield orjson.Fragment(b"[" + body + b"]")
+    finally:
+        pipeline.pins.pop(spool.consumer, None)
+        with contextlib.suppress(SnapfeedError, OSError):
+            await pipeline.in_visit(spool.remove)
+
+
+def leads(file: SystemFile, since: int, last: int) -> bool:
+    """Whether the journal has every diff from one snapshot to another."""
+    at = since
+    for row in file.journal(since):
+        if row.parent not in (at, None) or row.seq > last:
+            break
+        at = row.seq
+    return at == last
+
+
+def _id_of(payload: bytes) -> str | None:
+    """The id of a command that is refused before it is looked at; None if it cannot be had cheaply."""
+    try:
+        return parse_command("state", payload).id
+    except CommandError as error:
+        return error.id
+
+
 def _text(document: dict[str, Any], key: str) -> str:
     value = document.get(key)
     if not isinstance(value, str):
@@ -170,14 +326,14 @@ def _text(document: dict[str, Any], key: str) -> str:
     return value
 
 
-def _seq(document: dict[str, Any], key: str) -> int:
+def _seq(document: Mapping[str, Any], key: str) -> int:
     value = document.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise CommandError(f"`{key}` must be a snapshot number")
     return value
 
 
-def snapshot_data(pipeline: Pipeline, done: Done) -> dict[str, Any]:
+def snapshot_data(pipeline: Pipeline, done: Done) -> SnapshotData:
     """The `data` of a snapshot's answer (docs/feed.md)."""
     return {
         "partition": pipeline.name,

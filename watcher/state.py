@@ -1,7 +1,9 @@
 """What is said of a partition: its state, as published (retained) and as `snapfeed status` shows it. Plain values."""
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from feed.documents import FORMAT, ConsumerDocument, LastDocument, StateDocument
+from snapshotter.retention import Limits
 
 
 @dataclass(slots=True)
@@ -16,6 +18,27 @@ class Last:
     seconds: float = 0.0
     bytes_read: int = 0
     skipped: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """What a consumer has by its own word, when it was heard of last, and what is being sent to it (`replay`, `baseline`)."""
+
+    name: str
+    seq: int
+    time_ns: int
+    sending: str | None = None
+
+    def document(self, head: int | None, now_ns: int, limits: Limits) -> ConsumerDocument:
+        age = max(0.0, (now_ns - self.time_ns) / 1e9)
+        return {
+            "consumer": self.name,
+            "seq": self.seq,
+            "lag": max(0, (head or 0) - self.seq),
+            "age_s": round(age),
+            "holds": age < limits.hold_age,
+            "sending": self.sending,
+        }
 
 
 @dataclass(slots=True)
@@ -44,11 +67,15 @@ class State:
     excluded: tuple[str, ...] = ()
     backlog: int = 0
     feed_error: str | None = None
+    consumers: tuple[Consumer, ...] = ()
+    journal: tuple[int, int, int] = (0, 0, 0)  # oldest diff, newest, bytes
+    limits: Limits = field(default_factory=Limits)
     notes: list[str] = field(default_factory=list)
 
-    def document(self) -> dict[str, Any]:
+    def document(self, now_ns: int) -> StateDocument:
         """As docs/feed.md describes the state topic."""
-        last = None
+        limits = self.limits
+        last: LastDocument | None = None
         if self.last is not None:
             last = {
                 "trigger": self.last.trigger,
@@ -61,7 +88,7 @@ class State:
                 "skipped": self.last.skipped,
             }
         return {
-            "format": "snapfeed/1",
+            "format": FORMAT,
             "partition": self.name,
             "state": self.state,
             "reason": self.reason,
@@ -81,5 +108,13 @@ class State:
             "excluded": list(self.excluded),
             "backlog": self.backlog,
             "feed_error": self.feed_error,
+            "consumers": [c.document(self.head, now_ns, limits) for c in self.consumers],
+            "journal": {
+                "oldest": self.journal[0],
+                "newest": self.journal[1],
+                "bytes": self.journal[2],
+                "limits": {"age": limits.age, "bytes": limits.bytes},
+            },
+            "hold": {"snapshots": limits.hold_snapshots, "age": limits.hold_age},
             "notes": self.notes,
         }

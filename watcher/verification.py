@@ -11,8 +11,9 @@ from comparer.dirty import Dirty
 from comparer.errors import OperatorError, TransientError
 from feed.escape import printable
 from feed.pages import chunk_limit
+from snapshotter.held import held
 from snapshotter.systemfile import translated
-from snapshotter.verify import Disagreement, head_view, nameless, verify
+from snapshotter.verify import Disagreement, nameless, verify
 from snapshotter.visit import Visit
 
 from .pipeline import Pipeline, describe
@@ -53,7 +54,7 @@ def compare(visit: Visit, taken_ns: int, put: Callable[[dict[str, Any]], None]) 
             said = time.monotonic()
             put({"progress": entries})
 
-    with translated(visit.file.path), head_view(visit, head) as view:
+    with translated(visit.file.path), held(visit, head) as (view, _):
         for found in verify(visit.tree, view, taken_ns, progress, nameless(view)):
             real += not found.meanwhile
             meanwhile += found.meanwhile

@@ -3,10 +3,11 @@
 They run in the partition's own thread, which is also the only one that has its system file open.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from comparer.compare import baseline, compare
 from comparer.dirty import Dirty
@@ -14,13 +15,22 @@ from comparer.model import Change, FileType
 from feed.encode import encode_bytes
 from feed.pages import chunks
 from snapshotter.backends.base import Backend, Capture
+from snapshotter.retention import Limits, needed, prune, to_squash
 from snapshotter.systemfile import DiffRow, SnapshotRow, SystemFile
 from snapshotter.visit import Visit
+
+from .spans import squashed_pages
+
+log = logging.getLogger(__name__)
+_SQUASHES = 4  # after one snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the pipeline asks for. `now_ns` is the wall clock, for people; `chunk_limit` bytes a page's changes may take."""
+    """What the pipeline asks for. `now_ns` is the wall clock, for people; `chunk_limit` bytes a page's changes may take.
+
+    `pinned`: a snapshot that is being read, and is kept with all after it.
+    """
 
     trigger: str
     dirty: Dirty
@@ -28,6 +38,8 @@ class Order:
     now_ns: int
     keep: int
     chunk_limit: int
+    limits: Limits = field(default_factory=Limits)
+    pinned: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,7 @@ class Done:
     """`seq` is the head's. `recorded`: a snapshot was made (something had changed). `again`: to be looked at next time.
 
     `own` is the bytes this thread wrote meanwhile, `read` those it read, `seconds` how long it took. `backlog`: diffs to publish.
+    `journal`: see `journal_of`.
     """
 
     seq: int
@@ -48,6 +61,13 @@ class Done:
     seconds: float
     excluded: tuple[bytes, ...] = ()
     backlog: int = 0
+    journal: tuple[int, int, int] = (0, 0, 0)
+
+
+def journal_of(file: SystemFile) -> tuple[int, int, int]:
+    """(oldest diff, newest, bytes) of the journal."""
+    oldest = file.journal(most=1)
+    return (oldest[0].seq if oldest else 0, file.head() or 0, file.journal_bytes())
 
 
 def thread_io() -> tuple[int, int]:
@@ -85,7 +105,9 @@ def take(
             changes = _journal(file, capture, order)
             if changes or head is None:
                 _record(file, backend, capture, order, changes, head)
-                forgotten = file.forget(order.keep)
+                held = [n for n in (needed(file, order.limits, order.now_ns), order.pinned) if n is not None]
+                forgotten = file.forget(order.keep, min(held, default=None))
+                prune(file, order.limits, order.now_ns)
                 recorded = True
             else:
                 backend.note(capture.again)
@@ -101,6 +123,8 @@ def take(
     if forgotten:
         with file.transaction():
             backend.expire(visit.root_fd, forgotten)
+    if recorded:
+        bound_journal(file, order)
     read_after, written_after = thread_io()
     return Done(
         seq if recorded or head is None else head,
@@ -114,7 +138,23 @@ def take(
         time.perf_counter() - started,
         capture.excluded,
         file.backlog(),
+        journal_of(file),
     )
+
+
+def bound_journal(file: SystemFile, order: Order) -> None:
+    """Squash what the broker's absence has made too old or too much."""
+    for _ in range(_SQUASHES):
+        span = to_squash(file, order.limits, order.now_ns, order.keep)
+        if span is None:
+            return
+        first, last = file.diff(span[0]), file.diff(span[1])
+        assert first is not None and last is not None  # noqa: S101, PT018 - just read
+        volume = sum(row.volume for seq in range(first.seq, last.seq + 1) if (row := file.diff(seq)) is not None)
+        pages = squashed_pages(file, first.parent or 0, last.seq, order.chunk_limit)
+        merged = replace(last, parent=first.parent, volume=volume, page_limit=order.chunk_limit)
+        file.merge_diffs(first.seq, merged, ((chunk.count, chunk.data) for chunk in pages))
+        log.info("diffs %d to %d, not published yet, are one now: the journal is full", first.seq, last.seq)
 
 
 def _changes(capture: Capture) -> Iterator[Change]:

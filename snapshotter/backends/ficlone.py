@@ -38,6 +38,11 @@ _SKIP = (
 )  # swap files, DAX, immutable oddities
 
 
+def clone_path(seq: int, ident: Ident) -> bytes:
+    """Where the clone of an object made for snapshot `seq` lies, from the partition's root."""
+    return b"%b/%b/%d/%d.%d" % (SYSTEM_DIR, CLONES, seq, *ident)
+
+
 class FicloneBackend(MetadataBackend):
     kind = "ficlone"
     consistency = "per-file"
@@ -197,7 +202,7 @@ class FicloneBackend(MetadataBackend):
     def _content_of(self, view: Overlay | Table) -> Callable[[Ident, bytes], bytes | None]:
         def content(ident: Ident, _path: bytes) -> bytes | None:
             seq = self._clone_of(ident)
-            return None if seq is None else b"%b/%b/%d/%d.%d" % (SYSTEM_DIR, CLONES, seq, *ident)
+            return None if seq is None else clone_path(seq, ident)
 
         del view
         return content

@@ -27,5 +27,6 @@ async def self_test(source: Testable, touch: Callable[[], None], deadline: float
     with source.expect_own() as seen:
         touch()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(seen.wait(), deadline)
+            async with asyncio.timeout(deadline):
+                await seen.wait()
         return seen.is_set()

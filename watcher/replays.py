@@ -1,0 +1,298 @@
+"""Pages asked for by one consumer: the journal since its position, or the whole state. Beside the feed, never in its way."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from comparer.errors import SnapfeedError, TransientError
+from feed.broker import NAME, Topics
+from feed.commands import CommandError
+from feed.outbox import Outbox, OutPage, Position
+from feed.pages import Envelope, chunk_limit, page_payload
+from snapshotter.systemfile import DiffRow, SystemFile
+from snapshotter.visit import Visit
+
+from .baselines import Spool
+from .outbox import InFile, JournalOutbox
+from .pipeline import Pipeline, describe
+
+log = logging.getLogger(__name__)
+AT_ONCE = 4  # baselines under way on one partition
+_PAUSE = 0.05  # seconds between two visits for a spool: an unmount wants its turn, too
+_WHOLE = 1 << 40  # a page number after every page
+T = TypeVar("T")
+
+
+class GapError(CommandError):
+    """The journal does not reach back that far."""
+
+
+class Lanes(Protocol):
+    """The publisher, as replays see it."""
+
+    @property
+    def topics(self) -> Topics: ...
+
+    @property
+    def packet(self) -> int: ...
+
+    def add(self, outbox: Outbox, consumer: str | None = None) -> None: ...
+
+    def remove(self, outbox: Outbox) -> None: ...
+
+
+class ReplayOutbox(JournalOutbox):
+    """The journal's pages after `since` up to diff `last`; `ended` is called after the last one was acknowledged, or at a gap."""
+
+    def __init__(
+        self,
+        partition: str,
+        topic: str,
+        envelope: Envelope,
+        in_file: InFile[object],
+        since: int,
+        last: int,
+        ended: Callable[[str | None], None],
+    ) -> None:
+        super().__init__(partition, topic, envelope, in_file)
+        self.acknowledged = Position(since, _WHOLE)
+        self._last = last
+        self._ended = ended
+        self._final: Position | None = None
+
+    async def fetch(self, after: Position | None, limit: int, count: int) -> list[OutPage]:
+        found = await super().fetch(after, limit, count)
+        if found and found[-1].last and found[-1].position.seq >= self._last:
+            self._final = found[-1].position
+        if not found and self._final is None:
+            self._ended("the journal was cut off before it was sent; ask again")
+        return found
+
+    def _wants(self, diff: DiffRow) -> bool:
+        return diff.seq <= self._last
+
+    async def acknowledge(self, position: Position) -> None:
+        self.acknowledged = position
+        if position == self._final:
+            self._ended(None)
+
+    async def flush(self) -> None:
+        """The consumer says itself what it has."""
+
+
+class BaselineOutbox:
+    """The pages of a spool."""
+
+    def __init__(
+        self,
+        partition: str,
+        topic: str,
+        envelope: Envelope,
+        spool: Spool,
+        in_visit: Callable[[Callable[[Visit], list[OutPage]]], Any],
+        ended: Callable[[str | None], None],
+    ) -> None:
+        self.partition = partition
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self.acknowledged = Position(envelope.seq, 0)
+        self._fixed = len(topic.encode()) + 16
+        self._envelope = envelope
+        self._spool = spool
+        self._in_visit = in_visit
+        self._ended = ended
+
+    async def fetch(self, after: Position | None, limit: int, count: int) -> list[OutPage]:
+        start = (after or self.acknowledged).page
+        spool = self._spool
+
+        def read(visit: Visit) -> list[OutPage]:
+            found = []
+            for number in range(start + 1, min(start + count, spool.pages) + 1):
+                payload = page_payload(self._envelope, number, spool.pages, spool.page(visit, number))
+                found.append(OutPage(Position(self._envelope.seq, number), number == spool.pages, payload))
+            return found
+
+        try:
+            found: list[OutPage] = await self._in_visit(read)
+        except OSError as error:
+            raise TransientError(describe(error)) from error
+        if any(len(page.payload) + self._fixed > limit for page in found):
+            self._ended("the broker takes less than it did; ask again")
+            return []
+        return found
+
+    async def acknowledge(self, position: Position) -> None:
+        self.acknowledged = position
+        if position.page >= self._spool.pages:
+            self._ended(None)
+
+
+@dataclass(slots=True)
+class _Running:
+    """What one consumer is being sent."""
+
+    task: asyncio.Task[None]
+    what: str
+
+
+class Replays:
+    """Everything that is being sent to single consumers. One thing at a time for each consumer of a partition: the newest."""
+
+    def __init__(self, lanes: Callable[[], Lanes]) -> None:
+        self._lanes = lanes
+        self._running: dict[tuple[str, str], _Running] = {}
+        self.served = 0
+
+    def running(self, partition: str) -> list[tuple[str, str]]:
+        """(consumer, `replay` or `baseline`) of what is under way."""
+        return [(consumer, found.what) for (name, consumer), found in self._running.items() if name == partition]
+
+    async def replay(self, pipeline: Pipeline, consumer: str, epoch: str, since: int, now_ns: int) -> dict[str, Any]:
+        """Send the journal since a position. Raises GapError, OperatorError, TransientError; returns the answer's `data`."""
+        topic = self._lanes().topics.replay(pipeline.name, consumer)
+        _ready(pipeline)
+
+        def look(file: SystemFile) -> tuple[int, int]:
+            head = file.head() or 0
+            current = file.settings().epoch
+            after = file.next_diff(since + 1)
+            reaches = since == head or (after is not None and after.parent is not None and after.parent == since)
+            if epoch != current or since > head or not reaches:
+                raise _gap(file, pipeline.name, current, head)
+            count = len(file.journal(since))
+            if file.offered() < head:
+                file.offer(head)
+            file.set_consumer(consumer, since, now_ns)
+            return head, count
+
+        head, count = await pipeline.in_file(look)
+        await self._end(pipeline.name, consumer)
+        await pipeline.refresh()
+        if count:
+            ending: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+            envelope = pipeline.envelope()
+            outbox = ReplayOutbox(pipeline.name, topic, envelope, pipeline.in_file, since, head, _once(ending))
+            self._start(pipeline.name, consumer, "replay", self._serve(outbox, consumer, ending))
+        data = {"partition": pipeline.name, "epoch": epoch, "from": since, "seq": head, "diffs": count, "topic": topic}
+        log.info("%s: %s gets the %d diffs since %d again", pipeline.name, consumer, count, since)
+        return data
+
+    async def baseline(self, pipeline: Pipeline, consumer: str, now_ns: int) -> dict[str, Any]:
+        """Send the whole state. Raises OperatorError, TransientError; returns the answer's `data` once the state is fixed."""
+        lanes = self._lanes()
+        topic = lanes.topics.replay(pipeline.name, consumer)
+        _ready(pipeline)
+        await self._end(pipeline.name, consumer)
+        if sum(what == "baseline" for _, what in self.running(pipeline.name)) >= AT_ONCE:
+            raise TransientError(f"{pipeline.name}: {AT_ONCE} baselines are being made; ask again later")
+        spool = Spool(consumer, chunk_limit(lanes.packet))
+
+        def begin(visit: Visit) -> int:
+            row = spool.begin(visit)
+            visit.file.set_consumer(consumer, row.seq, now_ns)
+            return row.seq
+
+        try:
+            seq = await pipeline.in_visit(begin)
+        except OSError as error:
+            raise TransientError(f"{pipeline.name}: {describe(error)}") from error
+        pipeline.pins[consumer] = seq
+        await pipeline.refresh()
+        self._start(pipeline.name, consumer, "baseline", self._send_baseline(pipeline, consumer, spool, topic))
+        log.info("%s: %s gets the state of snapshot %d", pipeline.name, consumer, seq)
+        return {"partition": pipeline.name, "epoch": pipeline.state.epoch, "seq": seq, "topic": topic}
+
+    async def _send_baseline(self, pipeline: Pipeline, consumer: str, spool: Spool, topic: str) -> None:
+        try:
+            more = True
+            while more:
+                more = await pipeline.in_visit(spool.step)
+                await asyncio.sleep(_PAUSE)
+            row = spool.row
+            assert row is not None  # noqa: S101 - it has begun
+            pipeline.pins.pop(consumer, None)
+            envelope = replace(
+                pipeline.envelope(), seq=row.seq, parent=None, time_ns=row.time_ns, trigger=row.trigger, volume=row.volume,
+                consistency=row.consistency, snapshot=row.path.decode() if row.path is not None else None, baseline=True,
+            )  # fmt: skip
+            ending: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+            outbox = BaselineOutbox(pipeline.name, topic, envelope, spool, pipeline.in_visit, _once(ending))
+            await self._serve(outbox, consumer, ending)
+        finally:
+            pipeline.pins.pop(consumer, None)
+            with contextlib.suppress(SnapfeedError, OSError, RuntimeError):
+                await pipeline.in_visit(spool.remove)
+
+    async def _serve(self, outbox: Outbox, consumer: str, ending: "asyncio.Future[str | None]") -> None:
+        lanes = self._lanes()
+        lanes.add(outbox, consumer)
+        try:
+            trouble = await ending
+        finally:
+            lanes.remove(outbox)
+        if trouble is None:
+            self.served += 1
+        else:
+            log.warning("%s: %s: %s", outbox.partition, consumer, trouble)
+
+    def _start(self, partition: str, consumer: str, what: str, work: Any) -> None:
+        key = (partition, consumer)
+        task = asyncio.create_task(work, name=f"{what} of {partition} for {consumer}")
+        running = self._running[key] = _Running(task, what)
+
+        def ended(done: "asyncio.Task[None]") -> None:
+            if self._running.get(key) is running:
+                del self._running[key]
+            if not done.cancelled() and (error := done.exception()) is not None:
+                log.warning("%s: %s for %s ended: %s", partition, what, consumer, describe(error))
+
+        task.add_done_callback(ended)
+
+    async def _end(self, partition: str, consumer: str) -> None:
+        running = self._running.get((partition, consumer))
+        if running is not None:
+            running.task.cancel()
+            await asyncio.wait({running.task})
+
+    async def end_all(self, partition: str | None = None) -> None:
+        """End what is being sent: of one partition, which goes, or of all."""
+        tasks = {found.task for (name, _), found in self._running.items() if partition in (None, name)}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def _once(ending: "asyncio.Future[str | None]") -> Callable[[str | None], None]:
+    def ended(trouble: str | None) -> None:
+        if not ending.done():
+            ending.set_result(trouble)
+
+    return ended
+
+
+def _ready(pipeline: Pipeline) -> None:
+    if pipeline.state.state in ("unmounted", "failed", "starting"):
+        reason = pipeline.state.reason or "not ready yet; ask again later"
+        raise TransientError(f"{pipeline.name}: {pipeline.state.state}: {reason}")
+
+
+def _gap(file: SystemFile, partition: str, epoch: str, head: int) -> GapError:
+    oldest, expected = head, head
+    for row in reversed(file.journal()):  # the unbroken end of the journal
+        if row.seq != expected or row.parent is None:
+            break
+        oldest = expected = row.parent
+    data = {"gap": True, "partition": partition, "epoch": epoch, "oldest": oldest, "seq": head}
+    text = f"gap: the journal of {partition} reaches back to {oldest} of epoch {epoch}; ask for a baseline"
+    return GapError(text, data=data)
+
+
+def check_consumer(name: object) -> None:
+    """Raises CommandError for a name that cannot stand in a topic."""
+    if not isinstance(name, str) or not NAME.match(name):
+        raise CommandError("`consumer` must be 1 to 64 of A-Z a-z 0-9 _ -")
