@@ -182,6 +182,15 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
+        "consumers", command_ask.consumers, "the consumers of a partition, and how far behind they are",
+        "snapfeed consumers data", "snapfeed consumers data --forget restic      (it is gone for good: keep nothing for it)",
+    )  # fmt: skip
+    made.add_argument("partition", metavar="PARTITION")
+    made.add_argument("--forget", metavar="NAME", help="forget a consumer, and keep nothing for it any more")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
         "diff", command_ask.diff, "the changes between two kept snapshots",
         "snapfeed diff data 41 42", "snapfeed diff /data 40 42 --json",
     )  # fmt: skip

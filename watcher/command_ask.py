@@ -10,6 +10,7 @@ import orjson
 
 from comparer.errors import OperatorError
 from feed.encode import decode_change
+from feed.escape import printable
 from feed.pages import chunk_limit
 from snapshotter.partition import Partition, adopted, is_adopted, partition_at
 from snapshotter.visit import Visit
@@ -116,6 +117,11 @@ def _show_status(found: dict[str, Any]) -> None:
                 or f"snapshot {last['seq']}, {last['changes']} changes in {last['seconds'] * 1000:.1f} ms"
             )
             print(f"  last       {last['trigger']}: {what}")
+        if p["consumers"]:
+            shown = [f"{c['consumer']} ({c['lag']} behind)" for c in p["consumers"]]
+            print(f"  consumers  {', '.join(shown)}")
+        if p["backlog"]:
+            print(f"  backlog    {p['backlog']} diffs to publish, journal {format_size(p['journal']['bytes'])}")
         if p["feed_error"]:
             print(f"  feed       {p['feed_error']}")
         if p["excluded"]:
@@ -136,6 +142,28 @@ def snapshots(options: argparse.Namespace) -> int:
         )
     if not rows and not options.json:
         print("no snapshots yet")
+    return 0
+
+
+def consumers(options: argparse.Namespace) -> int:
+    if options.forget is not None:
+        list(ask(options.socket, "forget", partition=options.partition, consumer=options.forget))
+        if not options.json:
+            print(f"{printable(options.forget.encode())} is forgotten: nothing is kept for it any more")
+        return 0
+    (found,) = ask(options.socket, "state", partition=options.partition)
+    for row in found["consumers"]:
+        if options.json:
+            _print(row)
+            continue
+        what = f", {row['sending']} under way" if row["sending"] else ""
+        held = "" if row["holds"] else ", holds nothing any more"
+        print(
+            f"{row['consumer']}: has snapshot {row['seq']}, lacks {row['lag']}, heard of {format_duration(row['age_s'])} ago"
+            f"{held}{what}"
+        )
+    if not found["consumers"] and not options.json:
+        print("no consumers")
     return 0
 
 

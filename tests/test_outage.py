@@ -1,0 +1,81 @@
+"""A broker that is away for long: the disk it costs is bounded, and all of it arrives afterwards, exact and in order.
+
+SNAPFEED_DIFFS: how many diffs pile up; 86,400 are a day at one a second.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+from broker_processes import collector, mosquitto
+from consumer import Consumer
+from daemon_process import HOST, daemon
+from partitions import wait_until
+from workload import Worker
+
+pytestmark = pytest.mark.kernel
+DIFFS = int(os.environ.get("SNAPFEED_DIFFS", "150"))
+BOUND = int(os.environ.get("SNAPFEED_BOUND", str(100 * DIFFS)))  # bytes; some 700 are used a diff
+SECONDS = 30 + DIFFS // 100
+
+
+def pile_up(feed, work, diffs):
+    """Changes and snapshots while nobody takes them; returns the head, and the journal's largest size in bytes."""
+    largest, head = 0, 0
+    for number in range(diffs):
+        for _ in range(6):
+            work.step()
+        head = feed.snapshot()["seq"]
+        if number % 10 == 0:
+            largest = max(largest, feed.partition()["journal"]["bytes"])
+    return head, max(largest, feed.partition()["journal"]["bytes"])
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_long_outage_costs_bounded_disk_and_no_change(part, tmp_path, bounded):
+    config = f'[broker]\nhost = "{HOST}"\n[defaults]\nkeep = 4\n'
+    if bounded:
+        config += f'[journal]\nbytes = "{BOUND}B"\n'
+    with (
+        mosquitto(tmp_path) as broker,
+        daemon(tmp_path, part.path, broker=broker.url, config=config, started=False) as feed,
+    ):
+        work, consumer = Worker(os.fsencode(part.path), 8), Consumer()
+        with collector(broker, f"snapfeed/{HOST}/+/changes") as before:
+            feed.start()
+            for _ in range(3):
+                for _ in range(10):
+                    work.step()
+                last = feed.snapshot()["seq"]
+
+            def taken():
+                consumer.feed(m.payload for m in before.new())
+                return consumer.head is not None and consumer.head[1] == last and feed.published(last)
+
+            wait_until(taken, "published, and here")
+            work.step()
+            broker.kill()
+        head, largest = pile_up(feed, work, DIFFS)
+        if bounded:
+            # what may have been seen (16) and what lies between the kept snapshots (4) is never squashed
+            assert largest < BOUND + 64 * 1024, "the journal is bounded"
+        feed.send(signal.SIGSTOP)
+        broker.start()
+        with collector(broker, f"snapfeed/{HOST}/+/changes") as after:
+            feed.send(signal.SIGCONT)
+            started = time.monotonic()
+            wait_until(lambda: feed.published(head), "everything is published", SECONDS)
+            print(f"{DIFFS} diffs, journal at most {largest} bytes, delivered in {time.monotonic() - started:.1f} s")
+            head = feed.snapshot()["seq"]
+
+            def arrived():
+                consumer.feed(m.payload for m in after.new())
+                return consumer.head[1] == head
+
+            wait_until(arrived, "it is here")
+        consumer.compare(part.path)
+        seqs = [diff["seq"] for diff in consumer.diffs]
+        assert seqs == sorted(seqs)
+        skipped = sum(d["seq"] - d["parent"] > 1 for d in consumer.diffs if d["parent"] is not None)
+        assert bool(skipped) == bounded, "squashed only beyond the bound"
