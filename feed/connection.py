@@ -30,6 +30,8 @@ WINDOW = 20
 REFUSED = 0x80
 CONNECT_SECONDS = 10.0
 ACKNOWLEDGE_SECONDS = 60.0
+INBOX = 64 << 20  # bytes of messages that wait to be read
+UNHEARD = 0x10  # MQTT 5.0, 3.4.2.1: taken, but nobody is subscribed
 _HUNG_UP = -1
 # Unsupported version in MQTT 3.1.1 (table 3.1) and 5.0 (table 3-1); protocol error and malformed packet; or no answer at all.
 _NOT_FIVE = frozenset({0x01, 0x84, 0x82, 0x81, _HUNG_UP})
@@ -58,6 +60,9 @@ class Connection(aiomqtt.Client):
         self._acks: dict[int, asyncio.Future[int]] = {}
         self._progress = 0.0
         self._watchdog: asyncio.TimerHandle | None = None
+        self._arrived = asyncio.Event()
+        self._inbox = 0  # bytes
+        self.dropped = 0
         self.pending_calls_threshold = WINDOW  # aiomqtt warns above 10 pending calls; the window is bounded here
 
     def _on_connect(
@@ -167,9 +172,15 @@ class Connection(aiomqtt.Client):
 
     async def subscribe_live(self, topic_filter: str) -> None:
         """Subscribe with QoS 1 to what comes from now on: no retained messages. Raises LinkError if the broker refuses."""
+        await self._subscribe(topic_filter, SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=2))
+
+    async def subscribe_retained(self, topic_filter: str) -> None:
+        """The same with retained messages first; only those have `retain` set."""
+        await self._subscribe(topic_filter, SubscribeOptions(qos=1, retainAsPublished=False, retainHandling=0))
+
+    async def _subscribe(self, topic_filter: str, options: SubscribeOptions) -> None:
         try:
             if self.v5:
-                options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=2)
                 reasons = await self.subscribe(topic_filter, options=options)
             else:
                 reasons = await self.subscribe(topic_filter, qos=1)
@@ -185,9 +196,39 @@ class Connection(aiomqtt.Client):
     async def receive(self) -> aiomqtt.Message:
         """The next message. Raises LinkError when the connection is gone."""
         try:
-            return await anext(self.messages)
+            return self._taken(await anext(self.messages))
         except aiomqtt.MqttError as error:
             raise (self.lost.result() if self.lost.done() else LinkError(str(error))) from None
+
+    async def poll(self, seconds: float) -> aiomqtt.Message | None:
+        """The next message if one comes within that time. Raises LinkError when the connection is gone and all was read."""
+        if self._queue.empty():
+            self._arrived.clear()
+            waiter = asyncio.ensure_future(self._arrived.wait())
+            either: set[asyncio.Future[Any]] = {waiter, self.lost}
+            try:
+                await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiter.cancel()
+        if not self._queue.empty():
+            return self._taken(self._queue.get_nowait())
+        if self.lost.done():
+            raise self.lost.result()
+        return None
+
+    def _taken(self, message: aiomqtt.Message) -> aiomqtt.Message:
+        self._inbox -= _weight(message.payload)
+        return message
+
+    def _on_message(self, client: paho.Client, userdata: Any, message: paho.MQTTMessage) -> None:
+        """Bound what waits for a slow reader in bytes, not only in messages; what is beyond is dropped, and counted."""
+        weight = _weight(message.payload)
+        if self._inbox + weight > INBOX or self._queue.full():
+            self.dropped += 1
+            return
+        self._inbox += weight
+        super()._on_message(client, userdata, message)
+        self._arrived.set()
 
     def cut(self, why: str = "the connection was given up") -> None:
         """Drop the connection as a crash would: no DISCONNECT, so the broker publishes the last will."""
@@ -198,6 +239,11 @@ class Connection(aiomqtt.Client):
             self._disconnected.set_result(None)
         if self._watchdog is not None:
             self._watchdog.cancel()
+
+
+def _weight(payload: Any) -> int:
+    """Bytes of a message in memory, about."""
+    return 512 + (len(payload) if isinstance(payload, bytes) else 0)
 
 
 async def _close(connection: Connection) -> None:
@@ -289,7 +335,7 @@ class Dialer:
             timeout=CONNECT_SECONDS,
             tls_context=context,
             max_inflight_messages=65_535,  # the window is ours
-            max_queued_incoming_messages=10_000,
+            max_queued_incoming_messages=100_000,  # and INBOX bytes
         )
         try:
             await connection.__aenter__()

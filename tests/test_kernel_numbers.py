@@ -4,9 +4,9 @@ import shutil
 
 from partitions import require, run
 
-from snapshotter.linux import fiemap, fsuuid, handles, inode_flags, statx
+from snapshotter.linux import fallocate, fiemap, fsuuid, handles, inode_flags, statx
 
-HEADERS = ("fcntl.h", "linux/fs.h", "linux/fiemap.h", "linux/stat.h", "linux/btrfs.h")
+HEADERS = ("fcntl.h", "linux/fs.h", "linux/falloc.h", "linux/fiemap.h", "linux/stat.h", "linux/btrfs.h")
 SIZES = {
     "struct fiemap": fiemap._FIEMAP.size,
     "struct fiemap_extent": fiemap._EXTENT.size,
@@ -46,7 +46,7 @@ def compiled(directory, headers, expressions):
 
 def constants(*modules):
     """The public constants of modules whose names are the kernel's."""
-    prefixes = ("FS_", "FIEMAP_", "FICLONE", "AT_", "STATX_", "MAX_HANDLE_SZ", "BTRFS_")
+    prefixes = ("FALLOC_", "FS_", "FIEMAP_", "FICLONE", "AT_", "STATX_", "MAX_HANDLE_SZ", "BTRFS_")
     return {
         name: value % 2**64
         for module in modules
@@ -56,7 +56,7 @@ def constants(*modules):
 
 
 def test_constants_are_those_of_the_headers(tmp_path):
-    ours = constants(fiemap, fsuuid, inode_flags, handles, statx)
+    ours = constants(fallocate, fiemap, fsuuid, inode_flags, handles, statx)
     del ours["STATX_SIZE"]  # no macro: the size of the structure, see below
     theirs = compiled(tmp_path, HEADERS, list(ours))
     lacking = {"FS_IOC_GETFSUUID"}  # since Linux 6.9; older headers do not have it

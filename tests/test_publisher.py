@@ -448,7 +448,8 @@ def test_embedded_broker_drops_nobody_while_clients_come_and_go(tmp_path):
             for turn in count():
                 if stop.is_set():
                     break
-                subscriber = Subscriber(BrokerConfig(url=broker.url, host="x", protocol=4), f"other/{number}/{turn}")
+                config = BrokerConfig(url=broker.url, host="x", protocol=4)
+                subscriber = Subscriber(config, topic_filter=f"other/{number}/{turn}")
                 task = asyncio.create_task(anext(aiter(subscriber)))
                 await eventually(subscriber.subscribed.is_set, "subscribed")
                 task.cancel()

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from comparer.errors import OperatorError, SnapfeedError
 
-from . import command_ask, command_disk, command_run, command_tail, command_verify
+from . import command_ask, command_disk, command_replicate, command_run, command_tail, command_verify
 from .config import SOCKET
 from .pipeline import describe
 from .units import parse_duration, parse_size
@@ -211,11 +211,42 @@ def build() -> argparse.ArgumentParser:
     made = command(
         "tail", command_tail.tail, "print changes as they arrive at the broker",
         "snapfeed tail", "snapfeed tail --broker mqtt://broker.lan 'snapfeed/edge7/+/changes'", "snapfeed tail --json",
+        "snapfeed tail --config /etc/snapfeed.toml --consumer audit   (nothing is missed, also not while it does not run)",
     )  # fmt: skip
-    made.add_argument("filter", nargs="?", metavar="FILTER", help="topic filter (snapfeed/+/+/changes)")
+    made.add_argument("filter", nargs="?", metavar="FILTER", help="topic filter (<base>/+/+/changes)")
+    made.add_argument("--config", metavar="FILE", help="take [broker] from there: address, login, certificates")
     _add_broker(made)
+    made.add_argument(
+        "--consumer",
+        metavar="NAME",
+        help="begin where this consumer stopped, with a baseline if it never ran; what is missing is asked for",
+    )
+    made.add_argument("--position", metavar="FILE", help="where that is kept (~/.local/state/snapfeed/tail-NAME.json)")
     _add_socket(made)
     made.add_argument("--count", type=_number(1), metavar="N", help="stop after N diffs")
+    _add_json(made)
+
+    made = command(
+        "replicate", command_replicate.replicate, "keep a directory an exact copy of a partition",
+        "snapfeed replicate --broker mqtt://broker.lan --host edge7 --partition data --source /data /backup/data",
+        "snapfeed replicate --broker mqtt://broker.lan --host edge7 --partition data --once /backup/names   (no content)",
+        "snapfeed replicate --verify --source /data /backup/data",
+    )  # fmt: skip
+    made.add_argument(
+        "destination", metavar="DEST", help="an empty directory, or the replica; all in it is the replica's"
+    )
+    made.add_argument("--partition", metavar="P", help="the partition's name in topics")
+    made.add_argument("--host", metavar="H", help="the host's name in topics (the configuration's, else this host's)")
+    made.add_argument(
+        "--source", metavar="MOUNT", help="where the partition is mounted; without it no content is copied"
+    )
+    made.add_argument("--config", metavar="FILE", help="the [broker] of this configuration: login, TLS, base")
+    _add_broker(made)
+    made.add_argument(
+        "--consumer", metavar="NAME", help="what the daemon knows this replica by (made of host and DEST)"
+    )
+    made.add_argument("--once", action="store_true", help="end when the partition's head is reached")
+    made.add_argument("--verify", action="store_true", help="compare DEST with what it must be; exit 1 if it is not")
     _add_json(made)
 
     made = command(

@@ -2,36 +2,53 @@
 
 import argparse
 import asyncio
+import contextlib
+import json
+import logging
+import os
 import sys
 import time
+from dataclasses import replace
 
 import orjson
 
-from comparer.errors import OperatorError
-from feed.broker import BrokerConfig, check
+from comparer.errors import DamageError, OperatorError
+from feed.broker import NAME, BrokerConfig, check
 from feed.escape import printable
+from feed.positions import FilePositions
 from feed.subscriber import Damage, Diff, Gap, Subscriber
 
-from .config import SOCKET
+from .config import SOCKET, load
 from .control import NoDaemonError, ask
 from .render import change_line
+from .signer import signer
 from .units import format_size
 
 
 def _broker(options: argparse.Namespace) -> BrokerConfig:
-    """The broker of the command line; else the one the daemon here uses; else the default."""
+    """The broker of the command line, with the login of the configuration; else the configuration's; else the one that the
+    daemon here uses; else the default.
+    """
+    config = load(options.config) if options.config else None
+    draft = BrokerConfig() if config is None else config.draft
     if options.broker:
-        return check(BrokerConfig(url=options.broker))
+        return check(replace(draft, url=options.broker))
+    if config is not None and config.broker is not None:
+        return config.broker
+    path = config.socket if config is not None and options.socket in (None, SOCKET) else options.socket or SOCKET
     try:
-        (found,) = ask(options.socket or SOCKET, "status", timeout=5)
+        (found,) = ask(path, "status", timeout=5)
     except NoDaemonError:
-        return BrokerConfig()
-    return BrokerConfig(url=found["broker"]["url"], base=found["broker"]["base"])
+        return draft
+    return replace(draft, url=found["broker"]["url"], base=found["broker"]["base"])
 
 
 def tail(options: argparse.Namespace) -> int:
     if options.filter is not None and not valid_filter(options.filter):
         raise OperatorError(f"FILTER: {options.filter!r} is no topic filter; write one such as 'snapfeed/+/+/changes'")
+    if options.position and not options.consumer:
+        raise OperatorError("--position: whose? Give --consumer NAME as well")
+    logging.basicConfig(format="snapfeed tail: %(message)s", level=logging.WARNING)
     try:
         asyncio.run(_tail(_broker(options), options))
     except KeyboardInterrupt:
@@ -46,35 +63,86 @@ def valid_filter(text: str) -> bool:
     return good and "#" not in levels[:-1] and 0 < len(text.encode()) < 65536 and "\0" not in text
 
 
+def _position_file(consumer: str) -> str:
+    """Where a consumer's position is kept if no file is given: ~/.local/state/snapfeed/tail-<consumer>.json."""
+    if not NAME.match(consumer):
+        raise OperatorError(f"--consumer: {consumer!r:.80} is no name; use 1 to 64 of A-Z a-z 0-9 _ -")
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    directory = os.path.join(state, "snapfeed")
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"{directory!r}: {error.strerror}; give --position FILE") from error
+    return os.path.join(directory, f"tail-{consumer}.json")
+
+
+def _subscriber(broker: BrokerConfig, options: argparse.Namespace) -> Subscriber:
+    sign = signer(load(options.config).secret if options.config else None)
+    if not options.consumer:
+        return Subscriber(broker, topic_filter=options.filter)
+    positions = FilePositions(options.position or _position_file(options.consumer))
+    return Subscriber(broker, topic_filter=options.filter, consumer=options.consumer, positions=positions, sign=sign)
+
+
 async def _tail(broker: BrokerConfig, options: argparse.Namespace) -> None:
     left = options.count
-    subscriber = Subscriber(broker, options.filter)
-    print(f"listening at {broker.url}", file=sys.stderr, flush=True)
-    async for item in subscriber:
-        if isinstance(item, Diff):
-            _show(item, as_json=options.json)
-            if left is not None:
-                left -= 1
-                if left <= 0:
-                    return
-        elif isinstance(item, Gap):
-            print(f"gap: {item}", file=sys.stderr, flush=True)
-        elif isinstance(item, Damage):
-            print(f"unreadable message: {item}", file=sys.stderr, flush=True)
+    subscriber = _subscriber(broker, options)
+    _say(f"listening at {printable(broker.url.encode(errors='replace'))}")
+    async with contextlib.aclosing(aiter(subscriber)) as items:  # type: ignore[type-var]
+        async for item in items:
+            if isinstance(item, Diff):
+                _show(item, as_json=options.json)
+                if options.consumer:
+                    await subscriber.commit(item)
+                if left is not None:
+                    left -= 1
+                    if left <= 0:
+                        return
+            elif isinstance(item, Gap):
+                _say(_gap(item))
+            elif isinstance(item, Damage):
+                _say(f"unreadable message on {_safe(item.topic)}: {_safe(item.error)}")
+
+
+def _safe(text: str) -> str:
+    return printable(text.encode(errors="replace"))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _gap(gap: Gap) -> str:
+    where = _safe(f"{gap.host}/{gap.partition}")
+    if gap.epoch != gap.next_epoch:
+        return (
+            f"gap: {where}: snapshot {gap.next_seq} is of another epoch, {_safe(gap.next_epoch)}, than snapshot {gap.seq},"
+            f" {_safe(gap.epoch)}; with --consumer NAME it would be closed"
+        )
+    return (
+        f"gap: {where}: what changed from snapshot {gap.seq} to {gap.parent} did not arrive; with --consumer NAME it would"
+        " be closed"
+    )
 
 
 def _show(diff: Diff, *, as_json: bool) -> None:
     envelope = diff.envelope
     if as_json:
         head = orjson.loads(envelope.head() + b"}")
-        print(orjson.dumps({**head, "changes": diff.documents}).decode(), flush=True)
+        # ASCII: JSON leaves control characters beyond it as they are, and a terminal obeys them.
+        print(json.dumps({**head, "changes": diff.documents}).replace("\x7f", "\\u007f"), flush=True)
         return
     when = time.strftime("%H:%M:%S", time.localtime(envelope.time_ns / 1e9))
     kind = "baseline" if envelope.baseline else f"diff from {envelope.parent}"
     print(
-        f"{when} {printable(envelope.partition.encode())} snapshot {envelope.seq} ({envelope.trigger}, {kind}):"
+        f"{when} {_safe(envelope.partition)} snapshot {envelope.seq} ({_safe(envelope.trigger)}, {kind}):"
         f" {len(diff.documents)} changes, {format_size(envelope.volume)} written"
     )
-    for change in diff.changes():
+    try:
+        changes = diff.changes()
+    except DamageError as error:
+        print(f"  unreadable: {_safe(str(error))}", flush=True)
+        return
+    for change in changes:
         print(f"  {change_line(change)}")
     sys.stdout.flush()

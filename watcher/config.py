@@ -16,6 +16,7 @@ from .units import parse_duration, parse_size
 SOCKET = "/run/snapfeed/control.sock"
 STATE_DIR = "/var/lib/snapfeed"
 KEEP = 16
+RESERVED = frozenset({"status", "request", "response"})  # topics of the host, where partitions' stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,9 @@ def _mount(value: Any, where: str) -> str:
 
 def _name(value: Any, where: str) -> str:
     text = _text(value, where)
-    if not NAME.fullmatch(text):
-        raise OperatorError(f"{where}: {value!r} is not allowed; write 1 to 64 of A-Z a-z 0-9 _ -")
+    if not NAME.fullmatch(text) or text in RESERVED:
+        but = f", but not {', '.join(sorted(RESERVED))}" if text in RESERVED else ""
+        raise OperatorError(f"{where}: {value!r} is not allowed; write 1 to 64 of A-Z a-z 0-9 _ -{but}")
     return text
 
 
@@ -231,4 +233,5 @@ def partition_name(configured: str | None, label: str | None, mount: str) -> str
     """The name in topics: configured, else the label, else the mount point."""
     if configured:
         return configured
-    return slug(label) if label else slug(mount.strip("/") or "root")
+    name = slug(label) if label else slug(mount.strip("/") or "root")
+    return f"{name}-fs" if name in RESERVED else name
