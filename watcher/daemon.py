@@ -168,6 +168,8 @@ class Daemon:
                     if partition.kind == "directory":
                         partition_at(mount)  # says why it is no partition
                     raise OperatorError(f"{mount!r} is not adopted; run `snapfeed init {mount}`")
+                if partition.kind == "directory" and partition_at(mount, directory=True) != partition:
+                    continue  # mounted as we looked: the mount point and not what is mounted there; there is news of that
             except OperatorError as error:
                 if start and self._fixed:
                     raise
