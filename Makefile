@@ -12,7 +12,7 @@ STAMP := .venv/stamp
 JOBS ?= 3
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup packages demo test check bench soak clean
+.PHONY: help setup packages brokers demo test check bench soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,6 +22,10 @@ setup: $(STAMP) ## install what is missing: Debian packages (as root) and .venv
 
 packages:
 	@.ci/packages
+
+# Not part of setup: only tests need them, and those skip, naming what is missing, where they cannot be had.
+brokers:
+	@.ci/packages requirements/debian-brokers.txt || echo "test: going on without these brokers" >&2
 
 # A .venv whose Python has gone (an upgrade of the system) is made again.
 ifeq ($(shell test -x $(BIN)/python && echo there),)
@@ -34,7 +38,7 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt) .ci/venv | packages
 demo: setup ## show it: partitions, work on them, the changes as they arrive (real partitions as root)
 	@$(BIN)/python -m watcher.demo $(ARGS)
 
-test: setup ## all tests; those on real partitions need root
+test: setup brokers ## all tests; those on real partitions need root
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: setup ## lint, format, types, and who may import whom

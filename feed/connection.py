@@ -55,6 +55,7 @@ class Connection(aiomqtt.Client):
         self.v5 = kwargs["protocol"] is aiomqtt.ProtocolVersion.V5
         self.receive_maximum = 65_535
         self.max_packet: int | None = None
+        self.largest = 0  # payload in bytes that was sent so far
         self.lost: asyncio.Future[LinkError] = self._loop.create_future()
         self._slots = asyncio.Semaphore(WINDOW)
         self._acks: dict[int, asyncio.Future[int]] = {}
@@ -158,6 +159,7 @@ class Connection(aiomqtt.Client):
             if not self._acks:
                 self._progress = self._loop.time()
             self._acks[info.mid] = future
+            self.largest = max(self.largest, len(payload))
             if self._watchdog is None:
                 self._watchdog = self._loop.call_later(ACKNOWLEDGE_SECONDS, self._look)
         else:

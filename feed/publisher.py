@@ -12,10 +12,10 @@ import orjson
 
 from feed.backoff import Backoff
 from feed.broker import BrokerConfig, check, topics
-from feed.connection import PACKET_TOO_LARGE, REFUSED, Connection, Dialer, LinkError
+from feed.connection import PACKET_TOO_LARGE, REFUSED, SESSION_TAKEN_OVER, Connection, Dialer, LinkError
 from feed.documents import StatusDocument
 from feed.lane import Lane, LaneStats
-from feed.outbox import Outbox
+from feed.outbox import Outbox, Position
 from feed.pages import SMALLEST_PACKET
 from feed.requests import Handler, Requests, RequestStats
 
@@ -68,6 +68,7 @@ class Publisher:
         self._requests = Requests(self.topics, handler, self.stats.requests) if handler is not None else None
         self._dialer = Dialer(config, config.identifier or f"snapfeed-{config.host}")
         self._packet = config.max_packet
+        self._hung_up = 0  # connections in a row that ended while a partition's pages found no acknowledgement at all
         self._outboxes: dict[_Key, Outbox] = {}
         self._lanes: dict[_Key, tuple[Lane, asyncio.Task[None]]] = {}
         self._states: dict[str, bytes] = {}
@@ -175,8 +176,12 @@ class Publisher:
             self.stats.protocol = 5 if connection.v5 else 4
             self.stats.packet = min(self._packet, connection.max_packet or self._packet)
             await connection.publish_acknowledged(self.topics.status, self._status("online", since), retain=True)
+            before = {name: (lane.sent, lane.position) for name, lane in self.stats.lanes.items()}
             try:
                 await self._work(connection)
+            except LinkError as error:
+                self._judge_hanging_up(error, before, connection.largest)
+                raise
             finally:
                 self._group, self._connection = None, None
                 self._lanes.clear()
@@ -207,6 +212,29 @@ class Publisher:
                     task.cancel()
         except* LinkError as errors:
             raise _first(errors) from None
+
+    def _judge_hanging_up(self, error: LinkError, before: dict[str, tuple[int, Position | None]], largest: int) -> None:
+        """MQTT 3.1.1 knows neither limit nor reason: a broker that finds a packet too large just hangs up, again and again.
+
+        So when it did twice on pages of which it acknowledged none, smaller ones are tried; where the smallest do not help
+        either, it was something else.
+        """
+        known = {name: before.get(name, (0, None)) for name in self.stats.lanes}
+        stuck = any(
+            lane.sent > known[name][0] and lane.position == known[name][1] for name, lane in self.stats.lanes.items()
+        )
+        told = error.reason in {PACKET_TOO_LARGE, SESSION_TAKEN_OVER}
+        self._hung_up = self._hung_up + 1 if stuck and not told else 0
+        if self._hung_up < 2:
+            return
+        self._hung_up = 0
+        if largest > SMALLEST_PACKET:
+            self._packet = max(SMALLEST_PACKET, min(self._packet, largest) // 2)
+            _LOG.warning(
+                "the broker hangs up on pages of %d bytes; trying %d; see [broker] max_packet", largest, self._packet
+            )
+        else:
+            self._packet = self.config.max_packet
 
     async def _say_goodbye(self, connection: Connection) -> None:
         payload = self._status("offline", self._timestamp())

@@ -7,12 +7,14 @@ with mosquitto(tmp_path) as broker, collector(broker, "snapfeed/#") as seen:
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -48,7 +50,11 @@ async def eventually(condition, what: str, deadline: float = DEADLINE):
 
 @dataclass
 class Broker:
-    """A broker process. `options` are the arguments a mosquitto client needs to reach it."""
+    """A broker process. `options` are the arguments a mosquitto client needs to reach it.
+
+    `reading` are those of `collector`, if not the same; `probe` is a topic that the one may write and the other may read.
+    The process leads a process group of its own, since some brokers are several processes. `env` is all of its environment.
+    """
 
     command: list[str]
     port: int
@@ -56,6 +62,9 @@ class Broker:
     options: list[str] = field(default_factory=list)
     tls: bool = False
     process: subprocess.Popen | None = None
+    env: dict[str, str] | None = None
+    reading: list[str] | None = None
+    probe: str = "ready/{token}"
 
     @property
     def url(self) -> str:
@@ -63,14 +72,16 @@ class Broker:
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=ROOT)
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, cwd=ROOT, env=self.env, start_new_session=True
+            )
         process = self.process
 
         def up():
             assert process.poll() is None, f"{self.command} exited: {self.log.read_text()}"
             return accepts(self.port)
 
-        wait_until(up, f"{self.command[0]} accepts connections on port {self.port}")
+        wait_until(up, f"{self.command[0]} accepts connections on port {self.port}", 60)
 
     def signal(self, number: int) -> None:
         """SIGSTOP, SIGCONT, SIGHUP (mosquitto: read the password and ACL files again), ..."""
@@ -78,10 +89,20 @@ class Broker:
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is dead. `start` starts it again on the same port."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        self.end(signal.SIGKILL)
+
+    def end(self, number: int) -> None:
+        """Send it a signal that it dies of, and wait until the port is free."""
+        if self.process is None:
+            return
+        if number == signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        self.process.wait(DEADLINE)
+        self.process = None
+        wait_until(lambda: not accepts(self.port), f"nobody listens on port {self.port}")
 
     def set_user(self, name: str, password: str) -> None:
         """Add a user to the password file of a mosquitto started with `users`; it is known after SIGHUP."""
@@ -176,8 +197,91 @@ def embedded(directory: Path) -> Iterator[Broker]:
         yield broker
 
 
+@contextlib.contextmanager
+def nats(directory: Path, *, config: str = "") -> Iterator[Broker]:
+    """A NATS server with JetStream, which its MQTT needs, everything it keeps below `directory`."""
+    program = shutil.which("nats-server") or "/usr/sbin/nats-server"
+    require(
+        os.access(program, os.X_OK) and shutil.which("mosquitto_sub") is not None, "nats-server and mosquitto's clients"
+    )
+    place = directory / f"nats-{uuid.uuid4().hex[:8]}"
+    place.mkdir()
+    port = free_port()
+    lines = [
+        "server_name: snapfeed-test",
+        f'listen: "127.0.0.1:{free_port()}"',
+        f'jetstream {{ store_dir: "{place}/store" }}',
+        f'mqtt {{ listen: "127.0.0.1:{port}" }}',
+        config,
+    ]
+    (place / "nats.conf").write_text("\n".join(lines) + "\n")
+    options = ["-h", "127.0.0.1", "-p", str(port), "-V", "mqttv311"]
+    with _running(Broker([program, "-c", f"{place}/nats.conf"], port, place / "log", options)) as broker:
+        yield broker
+
+
+@contextlib.contextmanager
+def rabbitmq(directory: Path, *, definitions: dict | None = None) -> Iterator[Broker]:
+    """A RabbitMQ with its MQTT plugin: a node of its own name, files and ports, with an epmd (Erlang's name server) of its own.
+
+    `definitions`: users, permissions and so on, loaded at the start. It takes 9 s to start on empty directories, 3 s later; on a
+    busy disk several times as long, so its data are in memory where that is possible.
+    """
+    program = "/usr/lib/rabbitmq/bin/rabbitmq-server"  # the one in the PATH becomes another user
+    epmd = shutil.which("epmd")
+    require(
+        os.access(program, os.X_OK) and epmd is not None and shutil.which("mosquitto_sub") is not None,
+        "rabbitmq-server and mosquitto's clients",
+    )
+    place = directory / f"rabbitmq-{uuid.uuid4().hex[:8]}"
+    for name in ("home", "log"):
+        (place / name).mkdir(parents=True)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else place
+    data = tempfile.TemporaryDirectory(prefix="snapfeed-rabbitmq-", dir=memory, ignore_cleanup_errors=True)
+    port, names = free_port(), free_port()
+    lines = [
+        "listeners.tcp = none",  # no AMQP
+        f"mqtt.listeners.tcp.1 = 127.0.0.1:{port}",
+        "log.console = true",
+        "log.file = false",
+    ]
+    if definitions is not None:
+        (place / "definitions.json").write_text(json.dumps(definitions))
+        lines.append(f"load_definitions = {place}/definitions.json")
+    (place / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
+    (place / "plugins").write_text("[rabbitmq_mqtt].\n")
+    own = {
+        "HOME": place / "home",  # for .erlang.cookie
+        "ERL_EPMD_PORT": names,
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODENAME": "snapfeed-test@localhost",
+        "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+        "RABBITMQ_CONFIG_FILE": place / "rabbitmq.conf",
+        "RABBITMQ_ADVANCED_CONFIG_FILE": place / "none.config",
+        "RABBITMQ_ENABLED_PLUGINS_FILE": place / "plugins",
+        "RABBITMQ_MNESIA_BASE": data.name,
+        "RABBITMQ_LOG_BASE": place / "log",
+        "RABBITMQ_PID_FILE": place / "pid",
+        "RABBITMQ_DIST_PORT": free_port(),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+    }
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RABBITMQ_", "ERL_"))}
+    env = {**kept, **{key: str(value) for key, value in own.items()}}
+    options = ["-h", "127.0.0.1", "-p", str(port), "-V", "mqttv311"]
+    # Ours, in the foreground: without one the node starts a daemon that outlives it.
+    with data, (place / "log.txt").open("ab") as log:
+        server = subprocess.Popen([epmd, "-port", str(names), "-address", "127.0.0.1"], env=env, stdout=log, stderr=log)
+        try:
+            wait_until(lambda: accepts(names), "epmd accepts connections")
+            with _running(Broker([program], port, place / "log.txt", options, env=env)) as broker:
+                yield broker
+        finally:
+            server.kill()
+            server.wait()
+
+
 def _certificates(directory: Path) -> None:
-    """A certificate authority, and a server's and a client's certificate from it, valid for a day."""
+    """A certificate authority, and from it certificates of a server, a client (edge7) and another one, valid for a day."""
     new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     run(
         *new,
@@ -192,7 +296,7 @@ def _certificates(directory: Path) -> None:
         directory / "ca.pem",
     )
     (directory / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    for name, subject in (("server", "/CN=localhost"), ("client", "/CN=edge7")):
+    for name, subject in (("server", "/CN=localhost"), ("client", "/CN=edge7"), ("commander", "/CN=commander")):
         run(*new, "-subj", subject, "-keyout", directory / f"{name}.key", "-out", directory / f"{name}.csr")
         sign = ["openssl", "x509", "-req", "-days", "1", "-CAcreateserial", "-extfile", directory / "san"]
         files = ["-in", directory / f"{name}.csr", "-out", directory / f"{name}.pem"]
@@ -212,20 +316,24 @@ class Collector:
 
     broker: Broker
     file: Path
-    token: str
-    process: subprocess.Popen
+    probe: str
+    command: list[str]
+    process: subprocess.Popen | None = None
     read: int = 0
+
+    def start(self) -> None:
+        with self.file.open("ab") as output:
+            self.process = subprocess.Popen(self.command, stdout=output)
 
     def messages(self, topic: str | None = None) -> list[Message]:
         """All messages, or those of one topic."""
         return self._parsed(self.file.read_bytes(), topic)
 
-    @staticmethod
-    def _parsed(text: bytes, topic: str | None) -> list[Message]:
+    def _parsed(self, text: bytes, topic: str | None) -> list[Message]:
         found = []
         for line in text.split(b"\n")[:-1]:  # the last is empty, or half written
             name, retained, payload = line.rsplit(b" ", 2)
-            if not name.startswith(b"ready/") and topic in {None, name.decode()}:
+            if name.decode() != self.probe and topic in {None, name.decode()}:
                 found.append(Message(name.decode(), retained == b"1", bytes.fromhex(payload.decode())))
         return found
 
@@ -242,11 +350,17 @@ class Collector:
         """Whether what is published now would arrive: publishes a probe, so poll it."""
         if not accepts(self.broker.port):
             return False
-        mark = uuid.uuid4().hex
-        self.broker.publish(f"ready/{self.token}/{mark}", "x")
+        if self.process is None or self.process.poll() is not None:
+            self.start()  # it reconnects by itself, but gives up if the broker dies in the middle of a TLS record
+        mark = uuid.uuid4().hex.encode()
+        command = ["mosquitto_pub", *self.broker.options, "-q", "1", "-t", self.probe, "-s"]
+        if run(
+            *command, input=mark, check=False
+        ).returncode:  # a port that listens is not yet a broker that takes messages
+            return False
         end = time.monotonic() + 0.3
         while time.monotonic() < end:
-            if mark.encode() in self.file.read_bytes():
+            if mark.hex().encode() in self.file.read_bytes():
                 return True
             time.sleep(0.005)
         return False
@@ -257,14 +371,15 @@ def collector(broker: Broker, *filters: str, options: tuple[str, ...] = ()) -> I
     """A `mosquitto_sub` with QoS 1, subscribed when this returns. It reconnects by itself after a second."""
     token = uuid.uuid4().hex[:8]
     file = broker.log.parent / f"collected-{token}"
-    topics = [word for one in (*filters, f"ready/{token}/+") for word in ("-t", one)]
-    with file.open("wb") as output:
-        command = ["mosquitto_sub", *broker.options, "-q", "1", *topics, "-F", "%t %r %x", *options]
-        process = subprocess.Popen(["stdbuf", "-oL", *command], stdout=output)
+    probe = broker.probe.format(token=token)
+    topics = [word for one in (*filters, probe) for word in ("-t", one)]
+    command = ["mosquitto_sub", *(broker.reading or broker.options), "-q", "1", *topics, "-F", "%t %r %x", *options]
+    file.touch()
+    made = Collector(broker, file, probe, ["stdbuf", "-oL", *command])
     try:
-        made = Collector(broker, file, token, process)
         wait_until(made.subscribed, "mosquitto_sub is subscribed")
         yield made
     finally:
-        process.kill()
-        process.wait()
+        if made.process is not None:
+            made.process.kill()
+            made.process.wait()

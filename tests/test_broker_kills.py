@@ -43,14 +43,14 @@ class Following(threading.Thread):
     def run(self):
         try:
             asyncio.run(self._follow())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - told in the test's thread
             self.error = error
 
     async def _follow(self):
         subscriber = Subscriber(self.config, consumer="library", positions=MemoryPositions())
         task = asyncio.create_task(self._take(subscriber))
-        while not self.stopping.is_set() and not task.done():
-            await asyncio.sleep(0.05)
+        stopped = asyncio.create_task(asyncio.to_thread(self.stopping.wait))
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -101,12 +101,8 @@ class Plain:
     def close_gaps(self, heads):
         for name, head in heads.items():
             model = self.models.get(name)
-            if (
-                model is not None
-                and model.head is not None
-                and model.head[1] < head
-                and time.monotonic() > self.asked.get(name, 0)
-            ):
+            behind = model is not None and model.head is not None and model.head[1] < head
+            if behind and time.monotonic() > self.asked.get(name, 0):
                 self.asked[name] = time.monotonic() + 2
                 self.replays += 1
                 since = {"epoch": model.head[0], "seq": model.head[1]}
