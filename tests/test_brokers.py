@@ -28,6 +28,7 @@ from workload import HOSTILE, Worker
 from comparer.model import Change, FileType, Ident, Op
 from feed.backoff import Backoff
 from feed.broker import BrokerConfig
+from feed.cloudevents import ROOM
 from feed.commands import answer, parse_command
 from feed.connection import Dialer, LinkError
 from feed.encode import encode_bytes
@@ -297,7 +298,7 @@ def test_the_largest_page_passes(there):
     async def scenario(seen):
         for number, packet in enumerate((PACKET, 1_000_000)):
             partition = f"large-{number}"
-            limit = payload_limit(packet, topic_of(partition))
+            limit = payload_limit(packet, topic_of(partition), ROOM)
             one = box(partition, 1, limit - len(box(partition, 1).pages[0].payload))
             assert len(one.pages[0].payload) == limit
             async with running(there.publisher(max_packet=packet)) as made:
