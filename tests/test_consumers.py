@@ -9,7 +9,7 @@ import pytest
 from broker_processes import collector, mosquitto
 from consumer import Consumer
 from daemon_process import HOST, daemon
-from partitions import wait_until
+from partitions import run, wait_until
 from workload import Worker
 
 from feed.signing import sign
@@ -262,3 +262,59 @@ def test_export_leads_from_the_acknowledged_to_the_head(part, tmp_path):
         if feed.partition()["head"] == after["seq"]:
             model.compare(part.path)
         assert not [n for n in os.listdir(part.path / ".snapfeed") if n.startswith("baseline-")], "nothing is left"
+
+
+def test_abuse_over_the_broker(xfs, tmp_path):
+    """The daemon stays well, each refusal is answered, logged once and counted."""
+    abuse = {
+        "megabyte": b'{"id": "megabyte", "x": "' + b"x" * (1 << 20) + b'"}',
+        "nested": b'{"id": "nested", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "deep": b'{"id": "deep", "x": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        "digits": b'{"id": "digits", "partition": ' + b"9" * 4000 + b"}",
+        "exponent": b'{"id": "exponent", "partition": 1e999}',
+        "list": b'["id", "list"]',
+        "cut": b'{"id": "cut"',
+        "latin": b'{"id": "latin", "partition": "\xff\xfe"}',
+        "nul": b'{"id": "nul", "partition": "\\u0000"}',
+        "long": json.dumps({"id": "x" * 500}).encode(),
+        "surplus": b'{"id": "surplus", "sudo": true}',
+        "nobody": b'{"id": "nobody", "partition": "\\u001b[31mred"}',
+        "consumer": b'{"id": "consumer", "partition": "x", "consumer": "../x"}',
+        "blank": b" ",
+    }
+    verbs = {"consumer": "baseline"}
+    with (
+        mosquitto(tmp_path, config=("message_size_limit 0",)) as broker,
+        daemon(tmp_path, xfs.path, broker=broker.url) as feed,
+        collector(broker, f"{BASE}/response/+") as answers,
+    ):
+        head = feed.snapshot()["seq"]
+        for number, (name, payload) in enumerate(abuse.items(), 1):
+            verb = verbs.get(name, "snapshot")
+            broker.publish(f"{BASE}/request/{verb}", payload)
+            found = wait_until(lambda number=number: answers.messages()[number - 1 :], f"the answer to {name}")
+            reply = json.loads(found[0].payload)
+            assert (reply["status"], bool(reply["error"])) == ("error", True), (name, reply)
+            assert reply["error"].isprintable(), name
+            assert reply["id"] in (name, None), name
+        broker.publish(f"{BASE}/request/sudo", b'{"id": "verb"}')
+        wait_until(lambda: len(answers.messages()) == len(abuse) + 1, "the answer to an unknown verb")
+        assert feed.status()["commands"]["refused"] == len(abuse) + 1
+        lines = [line for line in feed.output().splitlines() if "refused" in line]
+        assert len(lines) == len(abuse) + 1, "one line each"
+        assert all(line.isprintable() for line in lines)
+
+        # a thousand at once: those that are too many are told so
+        storm = "\n".join(json.dumps({"id": f"storm{n}"}) for n in range(1000))
+        run("mosquitto_pub", *broker.options, "-q", "1", "-t", f"{BASE}/request/state", "-l", input=storm.encode())
+        broker.publish(f"{BASE}/request/state", b'{"id": "after the storm"}')
+        before = len(abuse) + 1
+
+        def settled():
+            status = feed.status()["commands"]
+            return status["refused"] + status["executed"] >= before + 1000
+
+        wait_until(settled, "all of them are answered, or counted")
+        (xfs.path / "after").write_text("x")
+        assert feed.snapshot()["seq"] == head + 1
+        assert "Traceback" not in feed.output()
