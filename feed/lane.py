@@ -15,7 +15,7 @@ from feed.outbox import Outbox, OutPage, Position
 from feed.pages import payload_limit
 
 _LOG = logging.getLogger("snapfeed.feed")
-_BATCH = 16
+_BATCH = 128  # pages fetched at a time; how many bytes that may be is the outbox's business
 
 
 @dataclass(slots=True)

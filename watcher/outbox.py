@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 FLUSH_AFTER = 0.25  # seconds; a lost cursor costs duplicates, never a page
 _HEAD_ROOM = 64  # bytes for page numbers
 _OFFERED = 15  # diffs beyond the one handed out that may not be squashed any more
+_OFFERED_AT_ONCE = 255  # as above, while a backlog is being sent
+_FETCHED = 1 << 20  # bytes handed out at a time
 T = TypeVar("T")
 InFile = Callable[[Callable[[SystemFile], T]], Awaitable[T]]
 
@@ -66,20 +68,25 @@ class JournalOutbox:
         if diff is not None and diff.seq != after.seq:
             page = 0
         offered = file.offered()
-        while diff is not None and len(found) < count and self._wants(diff):
+        size = 0
+        while diff is not None and len(found) < count and size < _FETCHED and self._wants(diff):
             if diff.seq > offered:  # some at a time: it is a write to the disk
-                offered = diff.seq + _OFFERED
+                offered = diff.seq + (
+                    _OFFERED_AT_ONCE if (file.head() or 0) - diff.seq > _OFFERED_AT_ONCE else _OFFERED
+                )
                 file.offer(offered)
             envelope = self.envelope(diff)
             fixed = len(page_payload(envelope, 1, 1, b"")) + _HEAD_ROOM
             if fixed + diff.page_limit > room:
                 diff, page = self._cut(file, diff, room - fixed), 0 if page < diff.pages else diff.pages
-            while page < diff.pages and len(found) < count:
+            while page < diff.pages and len(found) < count and size < _FETCHED:
                 page += 1
                 _, body = file.page(diff.seq, page)
                 payload = page_payload(envelope, page, diff.pages, body)
                 found.append(OutPage(Position(diff.seq, page), page == diff.pages, payload))
-            diff, page = file.next_diff(diff.seq + 1), 0
+                size += len(payload)
+            if page >= diff.pages:
+                diff, page = file.next_diff(diff.seq + 1), 0
         return found
 
     def _wants(self, diff: DiffRow) -> bool:  # noqa: ARG002
