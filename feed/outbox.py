@@ -36,7 +36,8 @@ class Outbox(Protocol):
         """Set when there may be pages after the last fetch; the publisher clears it before it fetches."""
 
     async def fetch(self, after: Position | None, limit: int, count: int) -> list[OutPage]:
-        """Some, at most `count`, of the next pages after `after` (None: after the acknowledged position), none larger than `limit` bytes.
+        """Some, at most `count`, of the next pages after `after` (None: after the acknowledged position), none
+        larger than `limit` bytes.
 
         Empty when there is nothing. Raises TransientError while the partition cannot be read (unmounted, I/O error);
         the publisher then waits for `ready`.
