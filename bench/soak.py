@@ -11,6 +11,14 @@ import time
 
 ROUND = 400  # sequences of a round, all file systems together
 EXACT = ["tests/test_exact.py"]
+DELIVERY = [  # with the figures of DELIVERY_SIZES
+    "tests/test_broker_kills.py",
+    "tests/test_replicate_daemon.py",
+    "tests/test_outage.py",
+    "tests/test_follow.py",
+    "tests/test_replica.py",
+]
+DELIVERY_SIZES = {"SNAPFEED_KILLS": "200", "SNAPFEED_SNAPSHOTS": "1000", "SNAPFEED_DIFFS": "5000", "SNAPFEED_EXAMPLES": "20000"}
 OTHERS = [
     "tests/test_invariants.py",
     "tests/test_concurrent.py",
@@ -40,6 +48,8 @@ def main() -> int:
             print(f"soak: failed in the round of seed {seed}: go on with --seed {seed}", file=sys.stderr)
             return 1
         if seed % 5 == 0 and pytest(OTHERS, SNAPFEED_RANDOM="1", SNAPFEED_ENTRIES="100000", SNAPFEED_EXAMPLES="20000"):
+            return 1
+        if seed % 5 == 0 and pytest(DELIVERY, SNAPFEED_RANDOM="1", SNAPFEED_SEED=str(seed), **DELIVERY_SIZES):
             return 1
         done, seed = done + ROUND, seed + 1
         print(f"soak: {done} sequences in {(time.monotonic() - started) / 3600:.2f} h, none failed", flush=True)
