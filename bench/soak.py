@@ -18,7 +18,12 @@ DELIVERY = [  # with the figures of DELIVERY_SIZES
     "tests/test_follow.py",
     "tests/test_replica.py",
 ]
-DELIVERY_SIZES = {"SNAPFEED_KILLS": "200", "SNAPFEED_SNAPSHOTS": "1000", "SNAPFEED_DIFFS": "5000", "SNAPFEED_EXAMPLES": "20000"}
+DELIVERY_SIZES = {
+    "SNAPFEED_KILLS": "200",
+    "SNAPFEED_SNAPSHOTS": "1000",
+    "SNAPFEED_DIFFS": "5000",
+    "SNAPFEED_EXAMPLES": "20000",
+}
 OTHERS = [
     "tests/test_invariants.py",
     "tests/test_concurrent.py",

@@ -76,6 +76,7 @@ LOCAL_VERBS: Mapping[str, Mapping[str, Field]] = {
         "partition": Field(_TEXT, required=True),
         "consumer": Field(_TEXT, longest=64, pattern=_CONSUMER.pattern),
         "from": Field(_NUMBER),
+        "around": Field(("boolean",)),
     },
 }
 _NAMES = {

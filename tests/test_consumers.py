@@ -82,6 +82,9 @@ def test_a_consumer_that_comes_late_becomes_exact(part, tmp_path):
                 work.step()
             last = feed.snapshot()["seq"]
         wait_until(lambda: feed.published(last), "all published")
+        (part.path / "cut off").write_text("what is old and published goes with the next snapshot")
+        last = feed.snapshot()["seq"]
+        wait_until(lambda: feed.published(last), "this one, too")
         epoch = feed.partition()["epoch"]
         gap = asking("replay", partition=partition, consumer="late", since={"epoch": epoch, "seq": 1})
         assert gap["status"] == "error"

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from comparer.errors import OperatorError, SnapfeedError
 
-from . import command_ask, command_disk, command_replicate, command_run, command_tail, command_verify
+from . import command_ask, command_disk, command_export, command_replicate, command_run, command_tail, command_verify
 from .config import SOCKET
 from .pipeline import describe
 from .units import parse_duration, parse_size
@@ -79,6 +80,50 @@ def _add_broker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--broker", metavar="URL", help="mqtt://host[:port], or mqtts:// for TLS (a login goes into the configuration)"
     )
+
+
+def _consumer(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no consumer's name: 1 to 64 of A-Z a-z 0-9 _ -")
+    return text
+
+
+def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
+    made = command(
+        "export", command_export.export, "list the paths that a backup must look at, and those that are gone",
+        "snapfeed export data --consumer nightly --output /var/lib/backup/data      (docs/backup.md)",
+        "snapfeed export /data --since 41 --changed --null | cpio --null -o > increment.cpio",
+        "snapfeed export data --consumer nightly --json",
+    )  # fmt: skip
+    made.add_argument("partition", metavar="PARTITION", help="name, mount point or UUID")
+    made.add_argument(
+        "--consumer", type=_consumer, metavar="NAME", help="since what NAME acknowledged; the snapshots are kept for it"
+    )
+    made.add_argument("--since", type=_number(0), metavar="SEQ", help="since this snapshot")
+    made.add_argument("--baseline", action="store_true", help="everything, whatever was acknowledged")
+    made.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write `changed`, `deleted`, `tree` and `position.json`; one not acknowledged is kept",
+    )
+    made.add_argument("--changed", action="store_true", help="print the paths to look at")
+    made.add_argument("--deleted", action="store_true", help="print the paths that are gone, with all below them")
+    made.add_argument("--null", action="store_true", help="print a NUL after each path on a terminal, too")
+    _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "ack", command_export.ack, "say that a consumer has dealt with an export, so that the next one begins there",
+        "snapfeed ack data --consumer nightly --position /var/lib/backup/data/position.json",
+        "snapfeed ack data --consumer nightly --seq 42 --epoch 6f0c2b7e-98b1-4a53-8f6f-0f8f3a1f7a55",
+    )  # fmt: skip
+    made.add_argument("partition", metavar="PARTITION", help="name, mount point or UUID")
+    made.add_argument("--consumer", type=_consumer, required=True, metavar="NAME")
+    made.add_argument("--seq", type=_number(0), metavar="N", help="the export's `seq`")
+    made.add_argument("--epoch", metavar="UUID", help="its `epoch`")
+    made.add_argument("--position", metavar="FILE", help="its position.json; removed when the daemon has noted it")
+    _add_socket(made)
+    _add_json(made)
 
 
 def build() -> argparse.ArgumentParser:
@@ -207,6 +252,8 @@ def build() -> argparse.ArgumentParser:
     made.add_argument("partition", metavar="PARTITION")
     _add_socket(made)
     _add_json(made)
+
+    _add_export(command)
 
     made = command(
         "tail", command_tail.tail, "print changes as they arrive at the broker",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import orjson
 
 from comparer.errors import SnapfeedError
+from feed.around import Around
 from feed.commands import Command, CommandError, Executed, RateLimit, answer, parse_command
 from feed.documents import SnapshotData, ThresholdsData
 from feed.pages import chunk_limit
@@ -25,6 +26,7 @@ from .ledger import Ledger
 from .pipeline import Pipeline, describe
 from .replays import Replays, check_consumer
 from .spans import Span
+from .surroundings import step
 from .verification import watched
 from .work import Done
 
@@ -249,7 +251,8 @@ async def acknowledge(pipeline: Pipeline, consumer: str, epoch: str, seq: int) -
 async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterator[Any]:
     """The position first, then lists of changes: from where a consumer is (or `from`) to the head, or the whole state.
 
-    Raises CommandError, TransientError, OSError.
+    With `around` true a diff is followed by {"around": entries}: what it does not name and a tool for paths must look at
+    (feed.around); the last of these is empty. Raises CommandError, TransientError, OSError.
     """
     consumer = document.get("consumer")
     if consumer is not None:
@@ -265,7 +268,7 @@ async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterat
         head, since = rows[-1], given
         known = next((row.seq for row in file.consumers() if row.name == consumer), None)
         if since is None:
-            since = known
+            since = known or None  # 0: registered, and nothing acknowledged yet
         whole = since is None or not leads(file, since, head.seq)
         if whole and given is not None:
             raise CommandError(f"the journal of {pipeline.name} does not lead from {given} to {head.seq} any more")
@@ -286,9 +289,15 @@ async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterat
         pipeline.pins[spool.consumer] = facts["seq"]
         yield facts
         if span is not None:
-            while (chunk := await pipeline.in_file(span.step)) is not None:
-                if chunk.count:
-                    yield orjson.Fragment(b"[" + chunk.data + b"]")
+            around = Around()
+            while (found := await pipeline.in_file(lambda file: _seen(span, file, around))) is not None:
+                if found:
+                    yield orjson.Fragment(found)
+            if document.get("around") is not True:
+                return
+            while (entries := await pipeline.in_visit(lambda visit: step(visit, facts["seq"], around))) is not None:
+                yield {"around": entries}
+            yield {"around": []}
             return
         while await pipeline.in_visit(spool.step):
             pass
@@ -299,6 +308,16 @@ async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterat
         pipeline.pins.pop(spool.consumer, None)
         with contextlib.suppress(SnapfeedError, OSError):
             await pipeline.in_visit(spool.remove)
+
+
+def _seen(span: Span, file: SystemFile, around: Around) -> bytes | None:
+    """The next changes of a diff as a JSON list, `around` told of them; empty while there are none yet, None at the end."""
+    chunk = span.step(file)
+    if chunk is None or not chunk.count:
+        return None if chunk is None else b""
+    found = b"[" + chunk.data + b"]"
+    around.see(orjson.loads(found))
+    return found
 
 
 def leads(file: SystemFile, since: int, last: int) -> bool:
