@@ -78,8 +78,13 @@ class Topics:
         return topic.rpartition("/")[2]
 
     def may_respond(self, topic: str) -> bool:
-        """Whether a requester may have its answer sent there: no wildcards, not the broker's own topics, not into the feed."""
-        if not topic or topic.startswith("$") or set(topic) & {"+", "#", "\0"}:
+        """Whether a requester may have its answer sent there: no wildcards, not the broker's own topics, not into the feed.
+
+        Control characters are refused too: a strict broker ends the connection that publishes there (MQTT 5.0, 1.5.4).
+        """
+        if not topic or topic.startswith("$") or set(topic) & {"+", "#"}:
+            return False
+        if any(unicodedata.category(char) in {"Cc", "Cn", "Cs"} for char in topic):
             return False
         return not topic.startswith(f"{self.base}/") or topic.startswith(f"{self.base}/{self.host}/response/")
 

@@ -181,6 +181,18 @@ def _depth(payload: bytes) -> int:
     return deepest
 
 
+def readable_id(payload: bytes) -> str | None:
+    """The `id` of a command that is refused before it is looked at, for the answer; None where none can be read."""
+    if len(payload) > LARGEST:
+        return None
+    try:
+        document = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return None
+    identifier = document.get("id") if isinstance(document, dict) else None
+    return identifier if isinstance(identifier, str) and 1 <= len(identifier) <= COMMON["id"].longest else None
+
+
 def answer(identifier: str | None, data: Any = None, error: str | None = None) -> bytes:
     """An answer: `{"id", "status", "error", "data"}`. `error` makes it an error; `identifier` is None where there was none."""
     status = "ok" if error is None else "error"

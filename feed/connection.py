@@ -7,12 +7,17 @@ Facts about aiomqtt 2.5.1 and paho 2.2 that this file relies on, and the only pl
 - aiomqtt registers its own bound methods `_on_connect`, `_on_disconnect`, `_on_publish` with paho, so a subclass that overrides
   them sees what paho sees;
 - before the CONNACK aiomqtt ignores a lost connection and waits for its whole time-out: `_on_disconnect` below ends that wait;
-- after a failed or cancelled connect neither closes the socket: `_cut` does.
+- between the CONNACK and the end of `__aenter__` aiomqtt forgets a lost connection: `watch` remembers it;
+- after a failed or cancelled connect neither closes the socket: `cut` does;
+- it registers sockets by numbers that may be another's by the time that happens: `_on_socket_open` and its neighbour do not;
+- what paho cannot parse it raises, keeps, and raises again whenever the socket is readable: `_guarded` ends the connection;
+- paho takes a PUBACK for a packet that it has not sent, and reads packets of any size: `_on_publish` and `_receive` do not.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiomqtt
@@ -28,15 +33,38 @@ from feed.cloudevents import Event
 
 WINDOW = 20
 REFUSED = 0x80
-CONNECT_SECONDS = 10.0
-ACKNOWLEDGE_SECONDS = 60.0
 INBOX = 64 << 20  # bytes of messages that wait to be read
 UNHEARD = 0x10  # MQTT 5.0, 3.4.2.1: taken, but nobody is subscribed
 _HUNG_UP = -1
+_QUEUED = 10_000  # packets that wait for a broker that does not read: answers to what it sends all the same
+_PIECE = 262_144  # bytes taken from the socket at once
 # Unsupported version in MQTT 3.1.1 (table 3.1) and 5.0 (table 3-1); protocol error and malformed packet; or no answer at all.
 _NOT_FIVE = frozenset({0x01, 0x84, 0x82, 0x81, _HUNG_UP})
 PACKET_TOO_LARGE = 0x95
 SESSION_TAKEN_OVER = 0x8E
+RETAIN_NOT_SUPPORTED = 0x9A
+QOS_NOT_SUPPORTED = 0x9B
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long to wait for a CONNACK, and for any PUBACK, in seconds; the largest packet taken from a broker, in bytes."""
+
+    connect: float = 10.0
+    acknowledge: float = 60.0
+    incoming: int | None = None
+
+
+class PacketError(OperatorError):
+    """A message cannot be sent: its packet is larger than the broker takes, or its topic is none."""
+
+
+class _SilentError(aiomqtt.MqttError):
+    """The broker ended the connection, or spoke no MQTT, before it answered."""
+
+
+class _ViolationError(Exception):
+    """The broker did what no broker may. Raised within paho's callbacks, where paho's lock forbids to close the socket."""
 
 
 class LinkError(Exception):
@@ -50,13 +78,18 @@ class LinkError(Exception):
 class Connection(aiomqtt.Client):
     """A connection with a window: at most 20 publishes, and at most the broker's Receive Maximum, are unacknowledged at once."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+        super().__init__(*args, timeout=limits.connect, **kwargs)
         self.v5 = kwargs["protocol"] is aiomqtt.ProtocolVersion.V5
         self.receive_maximum = 65_535
         self.max_packet: int | None = None
         self.largest = 0  # payload in bytes that was sent so far
+        self.maximum_qos = 2
+        self.retains = True
+        self.wildcards = True
+        self.limit: int | None = None  # bytes of the largest packet that `post` sends; the broker's limit until set
         self.lost: asyncio.Future[LinkError] = self._loop.create_future()
+        self._limits = limits
         self._slots = asyncio.Semaphore(WINDOW)
         self._acks: dict[int, asyncio.Future[int]] = {}
         self._progress = 0.0
@@ -65,6 +98,60 @@ class Connection(aiomqtt.Client):
         self._inbox = 0  # bytes
         self.dropped = 0
         self.pending_calls_threshold = WINDOW  # aiomqtt warns above 10 pending calls; the window is bounded here
+        paho_client: Any = self._client
+        self._take = paho_client._sock_recv  # noqa: SLF001 -- paho has no other place to bound what is read
+        paho_client._sock_recv = self._receive  # noqa: SLF001
+        paho_client.loop_read = self._guarded(paho_client.loop_read)
+        paho_client.loop_write = self._guarded(paho_client.loop_write)
+
+    def _receive(self, size: int) -> bytes:
+        """Bytes from the socket. paho asks for all that is missing of a packet, which a broker may say to be 256 MiB."""
+        if self._limits.incoming is not None and size > self._limits.incoming:
+            raise _ViolationError(f"the broker sends a packet of more than {self._limits.incoming} bytes")
+        return self._take(min(size, _PIECE))  # type: ignore[no-any-return]
+
+    def _guarded(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """A step of paho's loop that ends the connection where it fails, instead of failing again and again."""
+
+        def guarded() -> Any:
+            try:
+                result = step()
+            except Exception as error:  # noqa: BLE001 -- paho raises anything for what it cannot parse
+                nonsense = f"the broker sent what is no MQTT ({error!r:.200})"
+                self._give_up(str(error) if isinstance(error, _ViolationError) else nonsense)
+                return paho.MQTT_ERR_PROTOCOL
+            if len(self._unsent()) > _QUEUED:
+                self._give_up("the broker sends, and reads nothing")
+            return result
+
+        return guarded
+
+    def _on_socket_open(self, client: paho.Client, userdata: Any, sock: Any) -> None:  # noqa: ARG002
+        """As aiomqtt, but nothing happens to a socket that was closed meanwhile: its number may be another's by then."""
+
+        def read() -> None:
+            client.loop_read()
+            while client.socket() is sock and getattr(sock, "pending", int)() > 0:  # decrypted: select does not see it
+                client.loop_read()
+
+        def register() -> None:
+            if sock.fileno() >= 0:
+                self._loop.add_reader(sock.fileno(), read)
+                self._misc_task = self._loop.create_task(self._misc_loop())
+
+        self._loop.call_soon_threadsafe(register)
+
+    def _on_socket_register_write(self, client: paho.Client, userdata: Any, sock: Any) -> None:  # noqa: ARG002
+        def register() -> None:
+            if sock.fileno() >= 0:
+                self._loop.add_writer(sock.fileno(), client.loop_write)
+
+        self._loop.call_soon_threadsafe(register)
+
+    async def _misc_loop(self) -> None:
+        """Pings: at least four looks in a keep-alive period, which the broker may have made as short as a second."""
+        while self._client.loop_misc() == paho.MQTT_ERR_SUCCESS:  # noqa: ASYNC110 -- paho looks at the clock
+            await asyncio.sleep(min(1.0, self._client._keepalive / 4 or 1.0))  # noqa: SLF001
 
     def _on_connect(
         self,
@@ -75,8 +162,13 @@ class Connection(aiomqtt.Client):
         properties: Properties | None = None,
     ) -> None:
         """Remember what the CONNACK says (MQTT 5.0, 3.2.2.3), which aiomqtt drops."""
+        if self._connected.done():
+            raise _ViolationError("the broker answered the CONNECT twice")
         self.receive_maximum = getattr(properties, "ReceiveMaximum", self.receive_maximum)
-        self.max_packet = getattr(properties, "MaximumPacketSize", None)
+        self.max_packet = self.limit = getattr(properties, "MaximumPacketSize", None)
+        self.maximum_qos = getattr(properties, "MaximumQoS", self.maximum_qos)
+        self.retains = getattr(properties, "RetainAvailable", 1) != 0
+        self.wildcards = getattr(properties, "WildcardSubscriptionAvailable", 1) != 0
         self._slots = asyncio.Semaphore(max(1, min(WINDOW, self.receive_maximum)))
         super()._on_connect(client, userdata, flags, reason_code, properties)
 
@@ -90,9 +182,7 @@ class Connection(aiomqtt.Client):
     ) -> None:
         """Tell those who wait; before the CONNACK too, where aiomqtt stays silent."""
         if not self._connected.done():
-            self._connected.set_exception(
-                aiomqtt.MqttCodeError(None, "the broker closed the connection before it answered")
-            )
+            self._connected.set_exception(_SilentError("the broker closed the connection before it answered"))
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
         self._lose(_farewell(reason_code))
 
@@ -100,22 +190,28 @@ class Connection(aiomqtt.Client):
         self, client: paho.Client, userdata: Any, mid: int, reason_code: ReasonCode, properties: Properties
     ) -> None:
         """Hand the PUBACK's reason (MQTT 5.0, 3.4.2.1) to the publisher; with MQTT 3.1.1 it is 0."""
+        if any(packet["mid"] == mid and packet["command"] >> 4 == PacketTypes.PUBLISH for packet in self._unsent()):
+            raise _ViolationError("the broker acknowledged what had not been sent")
         self._progress = self._loop.time()
         waiting = self._acks.pop(mid, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(int(reason_code.value))
         super()._on_publish(client, userdata, mid, reason_code, properties)
 
+    def _unsent(self) -> Any:
+        """Packets of which not every byte has left; a broker that reads leaves none here."""
+        return self._client._out_packet  # noqa: SLF001
+
     def _look(self) -> None:
         """Give up a broker that answers pings but acknowledges nothing: only a new connection makes it take the pages again."""
         self._watchdog = None
         if not self._acks or self.lost.done():
             return
-        left = self._progress + ACKNOWLEDGE_SECONDS - self._loop.time()
+        left = self._progress + self._limits.acknowledge - self._loop.time()
         if left > 0:
             self._watchdog = self._loop.call_later(left, self._look)
         else:
-            self.cut(f"the broker has acknowledged nothing for {ACKNOWLEDGE_SECONDS:g} s")
+            self.cut(f"the broker has acknowledged nothing for {self._limits.acknowledge:g} s")
 
     def watch(self) -> None:
         """From now on, whatever ends the connection shows in `lost`: also an error of the socket, which paho does not report."""
@@ -124,6 +220,8 @@ class Connection(aiomqtt.Client):
             error = None if done.cancelled() else done.exception()
             self._lose(LinkError(f"the connection to the broker is gone ({error or 'closed'})"))
 
+        if self.lost.done() and not self._disconnected.done():
+            self._disconnected.set_result(None)
         self._disconnected.add_done_callback(ended)
 
     def _lose(self, error: LinkError) -> None:
@@ -139,13 +237,24 @@ class Connection(aiomqtt.Client):
     ) -> "asyncio.Future[int]":
         """Wait for a place in the window and send with QoS 1. The future gives the PUBACK's reason, or raises LinkError.
 
-        Posts of one task leave in the order of their calls.
+        Posts of one task leave in the order of their calls. Raises PacketError for what this broker never takes. The future
+        must not be cancelled: its place in the window is free when the PUBACK is there, not when nobody waits any more.
         """
+        size = _packet_size(topic, payload, self.v5, properties)
+        if self.limit is not None and size > self.limit:
+            raise PacketError(f"a message of {size} bytes for {topic:.200} is too large: {self.limit} bytes are taken")
         slots = self._slots
         await slots.acquire()
-        if self.lost.done():
+        try:
+            if self.lost.done():
+                raise self.lost.result()
+            # paho itself and not aiomqtt's publish(), which would wait for the PUBACK and drop its reason.
+            info = self._client.publish(topic, payload, 1, retain and self.retains, properties)
+        except BaseException as error:
             slots.release()
-            raise self.lost.result()
+            if isinstance(error, ValueError):
+                raise PacketError(f"a message for {topic:.200}: {error}") from None
+            raise
         future: asyncio.Future[int] = self._loop.create_future()
 
         def settled(done: asyncio.Future[int]) -> None:
@@ -153,15 +262,13 @@ class Connection(aiomqtt.Client):
             _ = done.cancelled() or done.exception()  # read, or asyncio complains where nobody waits any more
 
         future.add_done_callback(settled)
-        # paho itself and not aiomqtt's publish(), which would wait for the PUBACK and drop its reason.
-        info = self._client.publish(topic, payload, 1, retain, properties)
         if info.rc == paho.MQTT_ERR_SUCCESS:
             if not self._acks:
                 self._progress = self._loop.time()
             self._acks[info.mid] = future
             self.largest = max(self.largest, len(payload))
             if self._watchdog is None:
-                self._watchdog = self._loop.call_later(ACKNOWLEDGE_SECONDS, self._look)
+                self._watchdog = self._loop.call_later(self._limits.acknowledge, self._look)
         else:
             future.set_exception(LinkError(paho.error_string(info.rc)))
         return future
@@ -170,7 +277,7 @@ class Connection(aiomqtt.Client):
         self, topic: str, payload: bytes, *, retain: bool = False, properties: Properties | None = None
     ) -> int:
         """Send with QoS 1 and wait for the PUBACK: its reason."""
-        return await (await self.post(topic, payload, retain=retain, properties=properties))
+        return await asyncio.shield(await self.post(topic, payload, retain=retain, properties=properties))
 
     async def subscribe_live(self, topic_filter: str) -> None:
         """Subscribe with QoS 1 to what comes from now on: no retained messages. Raises LinkError if the broker refuses."""
@@ -181,6 +288,8 @@ class Connection(aiomqtt.Client):
         await self._subscribe(topic_filter, SubscribeOptions(qos=1, retainAsPublished=False, retainHandling=0))
 
     async def _subscribe(self, topic_filter: str, options: SubscribeOptions) -> None:
+        if not self.wildcards and set(topic_filter) & {"+", "#"}:  # one that tries all the same is disconnected (0xA2)
+            raise LinkError(f"the broker takes no wildcards, as in the subscription of {topic_filter}")
         try:
             if self.v5:
                 reasons = await self.subscribe(topic_filter, options=options)
@@ -188,7 +297,7 @@ class Connection(aiomqtt.Client):
                 reasons = await self.subscribe(topic_filter, qos=1)
         except aiomqtt.MqttError as error:
             raise LinkError(f"subscribing to {topic_filter}: {error}") from None
-        reason = reasons[0]
+        reason = reasons[0] if reasons else ReasonCode(PacketTypes.SUBACK, "Unspecified error")
         code = reason if isinstance(reason, int) else reason.value
         if code >= REFUSED:
             raise LinkError(
@@ -232,6 +341,12 @@ class Connection(aiomqtt.Client):
         super()._on_message(client, userdata, message)
         self._arrived.set()
 
+    def _give_up(self, why: str) -> None:
+        """Cut, and tell those who wait for the CONNACK, too."""
+        if not self._connected.done():
+            self._connected.set_exception(_SilentError(why))
+        self.cut(why)
+
     def cut(self, why: str = "the connection was given up") -> None:
         """Drop the connection as a crash would: no DISCONNECT, so the broker publishes the last will."""
         # paho has no public way to close its socket without a DISCONNECT.
@@ -270,9 +385,12 @@ def _farewell(reason: ReasonCode) -> LinkError:
 class Dialer:
     """Connects to one broker, and remembers which protocol version it speaks. Raises OperatorError for unusable TLS files."""
 
-    def __init__(self, config: BrokerConfig, identifier: str) -> None:
+    def __init__(self, config: BrokerConfig, identifier: str, limits: Limits | None = None) -> None:
         self.config = config
         self.identifier = identifier
+        self._limits = limits or Limits()
+        self._retain = True  # whether the broker took or offered retained messages when it was last heard
+        self._sure = True  # whether the broker said which version it speaks
         self._address = address(config.url)
         self._version = config.protocol
         tls_context(config)  # an unusable file is an error now, not in a loop later
@@ -294,11 +412,14 @@ class Dialer:
     async def _dial(self, will: aiomqtt.Will | None) -> Connection:
         version = self._version or await self._probe()
         try:
+            if will is not None and not self._retain:
+                will = replace(will, retain=False)
             connection = await self._attempt(version, will, self.config.username)
-        except LinkError:
+        except LinkError as error:
             self._version = self.config.protocol  # perhaps another broker answers there by now
+            self._retain = error.reason != RETAIN_NOT_SUPPORTED
             raise
-        self._version = version
+        self._version = version if self._sure else self.config.protocol
         return connection
 
     async def _probe(self) -> int:
@@ -306,15 +427,22 @@ class Dialer:
 
         amqtt reads the properties of an MQTT 5 CONNECT as the client identifier and what follows as text lengths: with a will
         or a user name in it, it waits for bytes that never come. Without them it answers 0x01, unacceptable protocol version, as
-        NATS does. A broker that refuses the missing login understood the question.
+        NATS does. A broker that refuses the missing login understood the question. One that hangs up may not have, or it is just
+        stopping: it is asked twice, and again next time, because with MQTT 3.1.1 a refused page looks like a taken one.
         """
-        try:
-            connection = await self._attempt(5, None, None)
-        except LinkError as error:
-            if error.reason is None:
-                raise  # nobody there
-            return 4 if error.reason in _NOT_FIVE else 5
-        await _close(connection)
+        for again in (True, False):
+            try:
+                connection = await self._attempt(5, None, None)
+            except LinkError as error:
+                if error.reason is None:
+                    raise  # nobody there
+                self._sure = error.reason != _HUNG_UP
+                if self._sure or not again:
+                    return 4 if error.reason in _NOT_FIVE else 5
+            else:
+                self._sure = True
+                await _close(connection)
+                break
         return 5
 
     async def _attempt(self, version: int, will: aiomqtt.Will | None, username: str | None) -> Connection:
@@ -334,34 +462,53 @@ class Dialer:
             clean_start=True if version == 5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
             will=will,
             keepalive=config.keepalive,
-            timeout=CONNECT_SECONDS,
+            limits=self._limits,
             tls_context=context,
             max_inflight_messages=65_535,  # the window is ours
             max_queued_incoming_messages=100_000,  # and INBOX bytes
+            properties=self._properties() if version == 5 and will is not None else None,
         )
         try:
             await connection.__aenter__()
-        except aiomqtt.MqttError as error:
+        except (aiomqtt.MqttError, UnicodeError) as error:  # UnicodeError: a host name that cannot be looked up
             connection.cut()
             raise self._explained(error) from None
         except BaseException:
             connection.cut()
             raise
         connection.watch()
+        self._retain = connection.retains
+        if connection.maximum_qos < 1:
+            connection.cut()
+            raise self._without_qos()
         return connection
 
-    def _explained(self, error: aiomqtt.MqttError) -> LinkError:
+    def _properties(self) -> Properties | None:
+        """What the CONNECT asks for; the probe asks for nothing."""
+        if self._limits.incoming is None:
+            return None
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.MaximumPacketSize = self._limits.incoming
+        return properties
+
+    def _without_qos(self, reason: int | None = None) -> LinkError:
+        text = "takes QoS 0 only and so acknowledges nothing: what arrived there could not be known, and diffs would be lost"
+        return LinkError(f"broker {self.config.url} {text}; allow QoS 1 there (max_qos), or use another broker", reason)
+
+    def _explained(self, error: Exception) -> LinkError:
         where = f"broker {self.config.url}"
         if "CERTIFICATE" in str(error):
             return LinkError(f"{where}: {error}; check [broker] ca_file and the host name in url")
-        if not isinstance(error, aiomqtt.MqttCodeError):
-            return LinkError(f"{where} is not reachable: {error}; is it running, is [broker] url right?")
-        if error.rc is None:
+        if isinstance(error, _SilentError):
             return LinkError(f"{where}: {error}; is this an MQTT port, and does it want TLS (mqtts://)?", _HUNG_UP)
+        if not isinstance(error, aiomqtt.MqttCodeError) or error.rc is None:
+            return LinkError(f"{where} is not reachable: {error}; is it running, is [broker] url right?")
         code = error.rc.value if isinstance(error.rc, ReasonCode) else int(error.rc)
         if code in {0x86, 0x87, 4, 5}:
             text = f"{where} refuses the login ({error.rc}); check [broker] username and password_file, and the broker's users"
             return LinkError(text, code)
+        if code == QOS_NOT_SUPPORTED:
+            return self._without_qos(code)
         return LinkError(f"{where} refuses the connection ({error.rc})", code)
 
 
@@ -380,3 +527,10 @@ def event_properties(event: Event) -> Properties:
     properties.ContentType = event.content_type
     properties.UserProperty = list(event.attributes)
     return properties
+
+
+def _packet_size(topic: str, payload: bytes, v5: bool, properties: Properties | None) -> int:
+    """Bytes of a PUBLISH with QoS 1 (MQTT 5.0, 2.1 and 3.3.2; MQTT 3.1.1 has no properties)."""
+    extra = 0 if not v5 else 1 if properties is None else len(properties.pack())  # type: ignore[no-untyped-call]
+    rest = 2 + len(topic.encode()) + 2 + extra + len(payload)
+    return 1 + next(size for size in (1, 2, 3, 4, 5) if rest < 128**size) + rest

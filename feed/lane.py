@@ -1,7 +1,6 @@
 """The pages of one partition on one connection: sent in order, acknowledged in order, stopped only by trouble of their own."""
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -121,6 +120,8 @@ class Lane:
                 if probing and pages:
                     return
                 if not pages:
+                    if not flight.pages:
+                        self._mended()  # it can be read again, and nothing is left to be refused
                     ready = asyncio.create_task(self.outbox.ready.wait())
                     try:
                         await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -191,5 +192,4 @@ class Lane:
         finally:
             for task in waits:
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(*waits, return_exceptions=True)
+            await asyncio.gather(*waits, return_exceptions=True)  # their cancellation, and not ours, is swallowed

@@ -12,7 +12,16 @@ import orjson
 
 from feed.backoff import Backoff
 from feed.broker import BrokerConfig, check, topics
-from feed.connection import PACKET_TOO_LARGE, REFUSED, SESSION_TAKEN_OVER, Connection, Dialer, LinkError
+from feed.connection import (
+    PACKET_TOO_LARGE,
+    REFUSED,
+    SESSION_TAKEN_OVER,
+    Connection,
+    Dialer,
+    Limits,
+    LinkError,
+    PacketError,
+)
 from feed.documents import StatusDocument
 from feed.lane import Lane, LaneStats
 from feed.outbox import Outbox, Position
@@ -20,6 +29,7 @@ from feed.pages import SMALLEST_PACKET
 from feed.requests import Handler, Requests, RequestStats
 
 _LOG = logging.getLogger("snapfeed.feed")
+_LARGEST_INCOMING = 2_000_000  # bytes; no command has so many, but who sends a large one by mistake is to be answered
 _STABLE_SECONDS = 10.0  # a connection that lasted this long was a good one: the next back-off begins small
 
 
@@ -56,6 +66,7 @@ class Publisher:
         on_status: Callable[[], None] | None = None,
         now: Callable[[], float] = time.time,
         backoff: Callable[[], Backoff] = Backoff,
+        limits: Limits | None = None,
     ) -> None:
         self.config = check(config)
         self.topics = topics(config.base, config.host)
@@ -66,13 +77,16 @@ class Publisher:
         self._backoff = backoff
         self._on_status = on_status or (lambda: None)
         self._requests = Requests(self.topics, handler, self.stats.requests) if handler is not None else None
-        self._dialer = Dialer(config, config.identifier or f"snapfeed-{config.host}")
+        limits = limits or Limits(incoming=_LARGEST_INCOMING)
+        self._dialer = Dialer(config, config.identifier or f"snapfeed-{config.host}", limits)
         self._packet = config.max_packet
         self._hung_up = 0  # connections in a row that ended while a partition's pages found no acknowledgement at all
         self._outboxes: dict[_Key, Outbox] = {}
         self._lanes: dict[_Key, tuple[Lane, asyncio.Task[None]]] = {}
         self._states: dict[str, bytes] = {}
         self._unsent: dict[str, None] = {}  # an ordered set of partitions
+        self._refused: dict[str, str] = {}  # topics of states and the status that the broker does not take, and why
+        self._retry = backoff()  # of those
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -132,20 +146,28 @@ class Publisher:
         backoff = self._backoff()
         try:
             while not self._stop.is_set():
-                started = asyncio.get_running_loop().time()
+                started, acknowledged = asyncio.get_running_loop().time(), self._progress()
                 try:
                     await self._until_stopped(asyncio.create_task(self._session()))
                 except LinkError as error:
                     self.stats.failures += 1
                     if error.reason == PACKET_TOO_LARGE:
-                        self._packet = max(SMALLEST_PACKET, self._packet // 2)
-                    if asyncio.get_running_loop().time() - started >= _STABLE_SECONDS:
+                        error = self._smaller(error)
+                    # one on which pages were taken was good, too: whoever kills brokers is not to wait long for the feed
+                    if (
+                        self._progress() > acknowledged
+                        or asyncio.get_running_loop().time() - started >= _STABLE_SECONDS
+                    ):
                         backoff.reset()
                         self._logged = None
                     self._report(str(error))
                     await self._pause(backoff.delay())
         finally:
             self._stopped.set()
+
+    def _progress(self) -> int:
+        """Pages that brokers have acknowledged."""
+        return sum(lane.acknowledged for lane in (*self.stats.lanes.values(), *self.stats.replays.values()))
 
     async def _until_stopped(self, session: "asyncio.Task[None]") -> None:
         """Let a session run, but not much longer than asked to stop; one that is still connecting ends at once."""
@@ -174,8 +196,13 @@ class Publisher:
         async with self._dialer.open_client(will) as connection:
             self.stats.connections += 1
             self.stats.protocol = 5 if connection.v5 else 4
-            self.stats.packet = min(self._packet, connection.max_packet or self._packet)
-            await connection.publish_acknowledged(self.topics.status, self._status("online", since), retain=True)
+            self.stats.packet = connection.limit = self._room(connection)
+            self._refused.clear()
+            await self._tell(connection, self.topics.status, self._status("online", since))
+            if not connection.retains:
+                _LOG.warning(
+                    "broker %s keeps no retained messages: status and states reach only who listens", self.config.url
+                )
             before = {name: (lane.sent, lane.position) for name, lane in self.stats.lanes.items()}
             try:
                 await self._work(connection)
@@ -188,6 +215,28 @@ class Publisher:
                 if not self._stop.is_set():
                     self._on_status()
             await self._say_goodbye(connection)
+
+    def _room(self, connection: Connection) -> int:
+        """The largest packet for this connection, in bytes. Raises LinkError if the broker's limit is below what pages need."""
+        theirs = connection.max_packet
+        if theirs is None:
+            return self._packet
+        if theirs < SMALLEST_PACKET:
+            raise LinkError(
+                f"broker {self.config.url} takes packets of {theirs} bytes at most, and pages need {SMALLEST_PACKET}; "
+                "raise its limit (max_packet_size), or use another broker"
+            )
+        return min(self._packet, theirs)
+
+    def _smaller(self, error: LinkError) -> LinkError:
+        """The broker found a packet too large without having announced a limit: try half as much next time."""
+        used = self.stats.packet or self._packet
+        if used <= SMALLEST_PACKET:
+            text = f"broker {self.config.url} finds packets of {used} bytes too large, and pages need as much"
+            return LinkError(f"{text}; raise its limit (max_packet_size), or use another broker", error.reason)
+        self._packet = max(SMALLEST_PACKET, used // 2)
+        text = f"the broker found a packet too large; they have {self._packet} bytes at most from now on"
+        return LinkError(f"{text}; better say how many it takes in [broker] max_packet", error.reason)
 
     async def _work(self, connection: Connection) -> None:
         """Everything that goes on at once on a connection; ends by LinkError, or by `stop` after what is in flight arrived."""
@@ -240,7 +289,7 @@ class Publisher:
         payload = self._status("offline", self._timestamp())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
-                await connection.publish_acknowledged(self.topics.status, payload, retain=True)
+                await self._tell(connection, self.topics.status, payload)
 
     def _open_lane(self, key: _Key, outbox: Outbox) -> None:
         if self._group is None or self._connection is None or self._stop.is_set():
@@ -255,23 +304,46 @@ class Publisher:
             lane[1].cancel()
 
     async def _publish_states(self, connection: Connection) -> None:
-        """States, latest only; a refused one waits for its next change or the next connection."""
+        """States, latest only; a refused one is tried again later."""
         self._unsent = dict.fromkeys(self._states)
         while True:
             while self._unsent:
                 partition = next(iter(self._unsent))
                 del self._unsent[partition]
                 payload = self._states[partition]
-                reason = await connection.publish_acknowledged(self.topics.state(partition), payload, retain=True)
-                if reason >= REFUSED:
-                    self.stats.state_refusals += 1
-                    _LOG.warning(
-                        "the broker refuses the state of partition %s (reason %#04x); check its ACL", partition, reason
-                    )
-                elif not payload and self._states.get(partition) == b"":
+                if not await self._tell(connection, self.topics.state(partition), payload):
+                    asyncio.get_running_loop().call_later(self._retry.delay(), self._send_again, partition)
+                    continue
+                self._retry.reset()
+                if not payload and self._states.get(partition) == b"":
                     del self._states[partition]
             self._wake.clear()
             await self._wake.wait()
+
+    def _send_again(self, partition: str) -> None:
+        if partition in self._states:
+            self._unsent[partition] = None
+            self._wake.set()
+
+    async def _tell(self, connection: Connection, topic: str, payload: bytes) -> bool:
+        """Publish a retained message: whether the broker took it. Why it did not is shown until it takes one on this topic."""
+        try:
+            reason = await connection.publish_acknowledged(topic, payload, retain=True)
+        except PacketError as error:
+            trouble = str(error)
+        else:
+            if reason < REFUSED:
+                if self._refused.pop(topic, None) is not None:
+                    _LOG.info("the broker takes %s again", topic)
+                    self._show(next(iter(self._refused.values()), None))
+                return True
+            trouble = f"the broker refuses {topic} (reason {reason:#04x}); check the broker's ACL and quotas"
+        self.stats.state_refusals += 1
+        if self._refused.get(topic) != trouble:
+            self._refused[topic] = trouble
+            _LOG.warning("%s; it is tried again", trouble)
+            self._show(trouble)
+        return False
 
     def _status(self, state: str, since: str) -> bytes:
         document: StatusDocument = {"state": state, "version": self._version, "since": since}
@@ -284,9 +356,13 @@ class Publisher:
         """Log a reason once, until it changes."""
         if error is None:
             _LOG.info("connected to broker %s (MQTT %s)", self.config.url, "5" if self.stats.protocol == 5 else "3.1.1")
+            error = next(iter(self._refused.values()), None)
         elif error != self._logged:
             self._logged = error
             _LOG.warning("%s; trying again until it works, diffs are kept", error)
+        self._show(error)
+
+    def _show(self, error: str | None) -> None:
         self.last_error = error
         self._on_status()
 

@@ -326,17 +326,25 @@ class SystemFile:
             ) from error
 
     def replace_pages(self, seq: int, pages: Iterable[tuple[int, bytes]], page_limit: int) -> None:
-        """Cut a diff into other pages (a broker takes less than was thought)."""
+        """Cut a diff into other pages (a broker takes less than was thought); `pages` may read the old ones as it goes.
+
+        The pages acknowledged of the old ones say nothing of the new ones: if the cursor stands in this diff, it goes back to
+        before its first page, or after its last if all of it was acknowledged.
+        """
         with self.transaction():
-            self.db.execute("DELETE FROM page WHERE seq = ?", (seq,))
+            before = self.page_count(seq)
             number = 0
             for number, (count, body) in enumerate(pages, 1):
-                self.add_page(seq, number, count, body)
+                self.add_page(seq, -number, count, body)
+            self.db.execute("DELETE FROM page WHERE seq = ? AND page > 0", (seq,))
+            self.db.execute("UPDATE page SET page = -page WHERE seq = ?", (seq,))
             self.db.execute(
                 "UPDATE diff SET pages = ?, page_limit = ?,"
                 " bytes = (SELECT coalesce(sum(length(body)), 0) FROM page WHERE page.seq = diff.seq) WHERE seq = ?",
                 (number, page_limit, seq),
             )
+            if self._meta("acknowledged_seq") == seq:
+                self._set_meta("acknowledged_page", number if self._meta("acknowledged_page") >= before else 0)
 
     def acknowledged(self) -> tuple[int, int]:
         """(seq, page) up to which everything has a good PUBACK; (0, 0) before the first."""

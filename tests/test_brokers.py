@@ -21,7 +21,7 @@ from daemon_process import daemon
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from partitions import run, wait_until
-from test_publisher import ListOutbox, running
+from publishing import ListOutbox, running
 from trees import attr
 from workload import HOSTILE, Worker
 

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 import orjson
 import pytest
 from broker_processes import collector, eventually, mosquitto
-from hostile_broker import HostileBroker
+from hostile_broker import HostileBroker, Script
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from partitions import run
-from test_publisher import ListOutbox, outbox, publisher, running
+from publishing import ListOutbox, outbox, publisher, running
 
 from comparer.errors import DamageError
 from feed.cloudevents import CONTENT_TYPE, ROOM, described, event
@@ -162,7 +162,7 @@ def test_packets_hold_the_properties_too(protocol, announce):
     limit = 20_000
 
     async def scenario():
-        async with HostileBroker(max_packet=limit, announce=announce) as broker:
+        async with HostileBroker([Script(max_packet=limit, announce=announce)]) as broker:
 
             class Box(ListOutbox):
                 async def fetch(self, after, room, count):

@@ -7,85 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from itertools import count
 
 import orjson
 import pytest
 from broker_processes import ROOT, Collector, collector, embedded, eventually, free_port, mosquitto
-from hostile_broker import HostileBroker
+from hostile_broker import HostileBroker, Script
 from partitions import run, wait_until
+from publishing import ListOutbox, outbox, publisher, running
 
-from comparer.errors import OperatorError, TransientError
-from feed.backoff import Backoff
+from comparer.errors import OperatorError
 from feed.broker import BrokerConfig, address, check, slug, topics
 from feed.commands import CommandError, answer, parse_command
 from feed.outbox import OutPage, Position
 from feed.pages import Chunk, Envelope, payloads
-from feed.publisher import Publisher
 from feed.subscriber import Damage, Diff, Gap, Subscriber
-
-
-@dataclass
-class ListOutbox:
-    """Diffs of one change a page; every third diff has two pages. `released` says how many pages may be fetched."""
-
-    partition: str
-    pages: list[OutPage]
-    released: int = 10**9
-    acknowledged: list[Position] = field(default_factory=list)
-    failing: bool = False
-
-    def __post_init__(self):
-        self.ready = asyncio.Event()
-
-    async def fetch(self, after, limit, count):
-        if self.failing:
-            raise TransientError("unmounted")
-        after = after or (self.acknowledged[-1] if self.acknowledged else None)
-        return [page for page in self.pages[: self.released] if after is None or page.position > after][:count]
-
-    async def acknowledge(self, position):
-        assert not self.acknowledged or position > self.acknowledged[-1]
-        self.acknowledged.append(position)
-
-    def release(self, pages: int = 10**9):
-        self.released = pages
-        self.ready.set()
-
-    @property
-    def done(self) -> bool:
-        return bool(self.acknowledged) and self.acknowledged[-1] == self.pages[-1].position
-
-
-def outbox(partition: str, diffs: int, size: int = 100, **more) -> ListOutbox:
-    pages = []
-    for seq in range(1, diffs + 1):
-        envelope = Envelope("edge7", partition, "u", "e", seq, seq - 1, 10**18, "time", 0, "metadata", None)
-        chunk = Chunk(1, orjson.dumps({"path": f"{seq}" + "x" * size}))
-        cut = payloads(envelope, [chunk] * (2 if seq % 3 == 0 else 1), 10**6)
-        if len(cut) != (2 if seq % 3 == 0 else 1):
-            raise AssertionError(cut)
-        pages += [OutPage(Position(seq, n), n == len(cut), payload) for n, payload in enumerate(cut, 1)]
-    return ListOutbox(partition, pages, **more)
-
-
-def publisher(url: str, **more) -> Publisher:
-    config = BrokerConfig(**{"url": url, "host": "edge7"} | more.pop("config", {}))
-    return Publisher(config, version="1", backoff=lambda: Backoff(0.05, 0.2), **more)
-
-
-@contextlib.asynccontextmanager
-async def running(made: Publisher):
-    """A publisher that runs; stopped well afterwards, and whatever ended it early is raised."""
-    task = asyncio.create_task(made.run())
-    try:
-        yield made
-        await made.stop()
-        await task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def keys(seen: Collector, partition: str) -> list[Position]:
@@ -321,7 +257,7 @@ def test_a_refused_partition_delays_no_other_and_keeps_its_pages():
         def reason(publish):
             return 0x97 if refusing["on"] and publish.topic.endswith("/data/changes") else 0
 
-        async with HostileBroker(reason) as broker, running(publisher(broker.url)) as made:
+        async with HostileBroker([Script(reason=reason)]) as broker, running(publisher(broker.url)) as made:
             made.add(refused := outbox("data", 10))
             made.add(other := outbox("home", 200))
             await eventually(lambda: other.done and made.stats.lanes["data"].refused >= 3, "the other is done")
@@ -338,10 +274,11 @@ def test_a_refused_partition_delays_no_other_and_keeps_its_pages():
 @pytest.mark.parametrize(("maximum", "most"), [(1, 1), (5, 5), (None, 20)])
 def test_window(maximum, most):
     async def scenario():
-        release = {"on": False}
-        async with HostileBroker(lambda _: 0 if release["on"] else None, receive_maximum=maximum) as broker:
-            # The status is never acknowledged in this state, so let it pass first.
-            broker.reason = lambda publish: None if not release["on"] and publish.topic.endswith("changes") else 0
+        # The status is acknowledged, or nothing else would be sent; pages are not.
+        script = Script(
+            reason=lambda publish: None if publish.topic.endswith("changes") else 0, receive_maximum=maximum
+        )
+        async with HostileBroker([script]) as broker:
             made = publisher(broker.url)
             task = asyncio.create_task(made.run())
             for name in ("data", "home", "var"):
@@ -358,7 +295,7 @@ def test_window(maximum, most):
 
 def test_packet_limit_of_the_broker_is_kept_or_learnt():
     async def scenario(announce):
-        async with HostileBroker(max_packet=20_000, announce=announce) as broker:
+        async with HostileBroker([Script(max_packet=20_000, announce=announce)]) as broker:
             limits = []
 
             class Box(ListOutbox):

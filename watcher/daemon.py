@@ -317,7 +317,9 @@ class Daemon:
         state.feed_error = (lane.last_error if lane else None) or self._publisher.last_error
         position = pipeline.outbox.acknowledged if pipeline.outbox is not None else None
         document = state.document(time.time_ns())
-        document["published"] = {"seq": position.seq, "page": position.page} if position is not None else None
+        document["published"] = (
+            {"seq": position.seq, "page": position.page} if position is not None and position.page else None
+        )
         return document
 
     def overview(self) -> dict[str, Any]:
@@ -345,7 +347,7 @@ class Daemon:
             },
             "commands": {
                 "executed": service.executed,
-                "refused": service.refused + requests.retained + requests.busy + requests.dropped,
+                "refused": service.refused + requests.refused,
                 "trouble": self._ledger.trouble,
             },
             "partitions": [self._document(p) for p in self._pipelines.values()],

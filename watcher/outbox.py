@@ -3,21 +3,22 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
 from comparer.errors import SnapfeedError
 from feed.outbox import OutPage, Position
-from feed.pages import Chunk, Envelope, page_payload, payload_limit, resplit
+from feed.pages import Chunk, Envelope, page_payload, resplit
 from snapshotter.systemfile import DiffRow, SystemFile
 
 log = logging.getLogger(__name__)
 FLUSH_AFTER = 0.25  # seconds; a lost cursor costs duplicates, never a page
 _HEAD_ROOM = 64  # bytes for page numbers
+_TOPIC = 512  # bytes of the longest topic: how a diff is cut must not depend on whose topic it is sent on, ours or a consumer's
 _OFFERED = 15  # diffs beyond the one handed out that may not be squashed any more
 _OFFERED_AT_ONCE = 255  # as above, while a backlog is being sent
-_FETCHED = 1 << 20  # bytes handed out at a time
+FETCHED = 1 << 20  # bytes handed out at a time
 T = TypeVar("T")
 InFile = Callable[[Callable[[SystemFile], T]], Awaitable[T]]
 
@@ -46,16 +47,14 @@ class JournalOutbox:
         self._in_file = in_file
         self._backlog = backlog
         self._flushed: Position | None = None
+        self._cuts: dict[int, tuple[int, int]] = {}  # pages and page_limit of the diffs handed out and not acknowledged
         self._timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
 
     async def fetch(self, after: Position | None, limit: int, count: int) -> list[OutPage]:
-        start = after or self.acknowledged
-
         def read(file: SystemFile) -> list[OutPage]:
-            return list(
-                self._pages(file, start or Position(*file.acknowledged()), payload_limit(limit, self._topic), count)
-            )
+            start = after or self.acknowledged or Position(*file.acknowledged())
+            return self._pages(file, start, limit + len(self._topic.encode()) - _TOPIC, count)
 
         found = await self._in_file(read)
         assert isinstance(found, list)  # noqa: S101 - what `read` returns
@@ -63,13 +62,16 @@ class JournalOutbox:
 
     def _pages(self, file: SystemFile, after: Position, room: int, count: int) -> list[OutPage]:
         found: list[OutPage] = []
-        diff = file.next_diff(after.seq)
-        page = after.page
-        if diff is not None and diff.seq != after.seq:
-            page = 0
+        diff, page = file.next_diff(after.seq), 0
+        if diff is not None and diff.seq == after.seq:
+            page = self._resumed(diff, after.page)
+            if page >= diff.pages:
+                diff, page = file.next_diff(diff.seq + 1), 0
+        if self.acknowledged is not None:
+            self._cuts = {seq: cut for seq, cut in self._cuts.items() if seq >= self.acknowledged.seq}
         offered = file.offered()
         size = 0
-        while diff is not None and len(found) < count and size < _FETCHED and self._wants(diff):
+        while diff is not None and len(found) < count and size < FETCHED and self._wants(diff):
             if diff.seq > offered:  # some at a time: it is a write to the disk
                 offered = diff.seq + (
                     _OFFERED_AT_ONCE if (file.head() or 0) - diff.seq > _OFFERED_AT_ONCE else _OFFERED
@@ -78,8 +80,16 @@ class JournalOutbox:
             envelope = self.envelope(diff)
             fixed = len(page_payload(envelope, 1, 1, b"")) + _HEAD_ROOM
             if fixed + diff.page_limit > room:
-                diff, page = self._cut(file, diff, room - fixed), 0 if page < diff.pages else diff.pages
-            while page < diff.pages and len(found) < count and size < _FETCHED:
+                try:
+                    diff, page = self._cut(file, diff, room - fixed), 0
+                    if self.acknowledged is not None and self.acknowledged.seq == diff.seq:
+                        self.acknowledged = Position(diff.seq, 0)
+                except SnapfeedError:
+                    if found:
+                        break  # what comes before it is fine; the next fetch tells of the trouble
+                    raise
+            self._cuts[diff.seq] = (diff.pages, diff.page_limit)
+            while page < diff.pages and len(found) < count and size < FETCHED:
                 page += 1
                 _, body = file.page(diff.seq, page)
                 payload = page_payload(envelope, page, diff.pages, body)
@@ -92,15 +102,27 @@ class JournalOutbox:
     def _wants(self, diff: DiffRow) -> bool:  # noqa: ARG002
         return True
 
+    def _resumed(self, diff: DiffRow, page: int) -> int:
+        """The page after which a diff goes on: 0 if it was cut anew since its pages were sent, by whomever."""
+        if self.acknowledged is not None and self.acknowledged.seq == diff.seq:
+            self.acknowledged = Position(diff.seq, self._now(diff, self.acknowledged.page))
+        return self._now(diff, page)
+
+    def _now(self, diff: DiffRow, page: int) -> int:
+        """What has arrived of the present pages of a diff, when `page` of those that were handed out has."""
+        pages, _ = known = self._cuts.get(diff.seq, (diff.pages, diff.page_limit))
+        if known == (diff.pages, diff.page_limit):
+            return page
+        return diff.pages if page >= pages else 0
+
     @staticmethod
     def _cut(file: SystemFile, diff: DiffRow, limit: int) -> DiffRow:
-        """Cut a diff's pages again, for a broker that takes less than the journal was made for."""
+        """Cut a diff's pages again, for a broker that takes less than the journal was made for; all of them are to be sent."""
 
-        def pieces() -> list[tuple[int, bytes]]:
-            cut = []
+        def pieces() -> Iterator[tuple[int, bytes]]:
             for number in range(1, diff.pages + 1):
-                cut += [(p.count, p.data) for p in resplit(Chunk(*file.page(diff.seq, number)), limit)]
-            return cut
+                for piece in resplit(Chunk(*file.page(diff.seq, number)), limit):
+                    yield piece.count, piece.data
 
         file.replace_pages(diff.seq, pieces(), limit)
         again = file.diff(diff.seq)
@@ -135,18 +157,20 @@ class JournalOutbox:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        position = self.acknowledged
-        if position is None or position == self._flushed:
+        if self.acknowledged is None or self.acknowledged == self._flushed:
             return
 
         def write(file: SystemFile) -> int:
-            file.acknowledge(*position)
+            # Looked at here, in the partition's thread: the diff may have been cut anew since, and its pages numbered anew.
+            if (position := self.acknowledged) is not None:
+                diff = file.diff(position.seq)
+                file.acknowledge(position.seq, position.page if diff is None else self._now(diff, position.page))
+                self._flushed = position
             return file.backlog()
 
         with contextlib.suppress(SnapfeedError, OSError):
             left = await self._in_file(write)
             assert isinstance(left, int)  # noqa: S101 - what `write` returns
-            self._flushed = position
             self._backlog(left)
             return
         log.debug("%s: cursor not written now", self.partition)

@@ -16,7 +16,7 @@ from snapshotter.systemfile import DiffRow, SystemFile
 from snapshotter.visit import Visit
 
 from .baselines import Spool
-from .outbox import InFile, JournalOutbox
+from .outbox import FETCHED, InFile, JournalOutbox
 from .pipeline import Pipeline, describe
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,6 @@ class BaselineOutbox:
     def __init__(
         self,
         partition: str,
-        topic: str,
         envelope: Envelope,
         spool: Spool,
         in_visit: Callable[[Callable[[Visit], list[OutPage]]], Any],
@@ -99,7 +98,6 @@ class BaselineOutbox:
         self.ready = asyncio.Event()
         self.ready.set()
         self.acknowledged = Position(envelope.seq, 0)
-        self._fixed = len(topic.encode()) + 16
         self._envelope = envelope
         self._spool = spool
         self._in_visit = in_visit
@@ -110,17 +108,21 @@ class BaselineOutbox:
         spool = self._spool
 
         def read(visit: Visit) -> list[OutPage]:
-            found = []
+            found: list[OutPage] = []
+            size = 0
             for number in range(start + 1, min(start + count, spool.pages) + 1):
                 payload = page_payload(self._envelope, number, spool.pages, spool.page(visit, number))
                 found.append(OutPage(Position(self._envelope.seq, number), number == spool.pages, payload))
+                size += len(payload)
+                if size >= FETCHED:
+                    break
             return found
 
         try:
             found: list[OutPage] = await self._in_visit(read)
         except OSError as error:
             raise TransientError(describe(error)) from error
-        if any(len(page.payload) + self._fixed > limit for page in found):
+        if any(len(page.payload) > limit for page in found):
             self._ended("the broker takes less than it did; ask again")
             return []
         return found
@@ -202,11 +204,11 @@ class Replays:
             raise TransientError(f"{pipeline.name}: {describe(error)}") from error
         pipeline.pins[consumer] = seq
         await pipeline.refresh()
-        self._start(pipeline.name, consumer, "baseline", self._send_baseline(pipeline, consumer, spool, topic))
+        self._start(pipeline.name, consumer, "baseline", self._send_baseline(pipeline, consumer, spool))
         log.info("%s: %s gets the state of snapshot %d", pipeline.name, consumer, seq)
         return {"partition": pipeline.name, "epoch": pipeline.state.epoch, "seq": seq, "topic": topic}
 
-    async def _send_baseline(self, pipeline: Pipeline, consumer: str, spool: Spool, topic: str) -> None:
+    async def _send_baseline(self, pipeline: Pipeline, consumer: str, spool: Spool) -> None:
         try:
             more = True
             while more:
@@ -220,7 +222,7 @@ class Replays:
                 consistency=row.consistency, snapshot=row.path.decode() if row.path is not None else None, baseline=True,
             )  # fmt: skip
             ending: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-            outbox = BaselineOutbox(pipeline.name, topic, envelope, spool, pipeline.in_visit, _once(ending))
+            outbox = BaselineOutbox(pipeline.name, envelope, spool, pipeline.in_visit, _once(ending))
             await self._serve(outbox, consumer, ending)
         finally:
             pipeline.pins.pop(consumer, None)
