@@ -81,10 +81,16 @@ def test_a_consumer_that_comes_late_becomes_exact(part, tmp_path):
             for _ in range(25):
                 work.step()
             last = feed.snapshot()["seq"]
+
+        def cut_off():
+            """What is old and published goes with the next snapshot."""
+            (part.path / "another").write_text(uuid.uuid4().hex)
+            feed.snapshot()
+            return feed.partition()["journal"]["oldest"] > 2
+
+        wait_until(cut_off, "the journal does not reach back any more")
+        last = feed.partition()["head"]
         wait_until(lambda: feed.published(last), "all published")
-        (part.path / "cut off").write_text("what is old and published goes with the next snapshot")
-        last = feed.snapshot()["seq"]
-        wait_until(lambda: feed.published(last), "this one, too")
         epoch = feed.partition()["epoch"]
         gap = asking("replay", partition=partition, consumer="late", since={"epoch": epoch, "seq": 1})
         assert gap["status"] == "error"
