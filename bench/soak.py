@@ -36,7 +36,7 @@ OTHERS = [
 
 def pytest(files: list[str], **environment: str) -> int:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files],
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-o", "faulthandler_timeout=0", *files],
         check=False,
         env={**os.environ, **environment},
     ).returncode
