@@ -72,6 +72,8 @@ class Around:
             found.append(_entry(below, attr.type, ident))
             if attr.type is FileType.DIR:
                 self._enter(below, ident)
+            elif attr.nlink > 1:  # its names elsewhere must be made one with this one
+                self._linked[str(ident)] = None
 
     def _names(self, view: View, ident: Ident, found: list[dict[str, Any]]) -> None:
         attr = view.attr(ident)

@@ -76,6 +76,7 @@ LOCAL_VERBS: Mapping[str, Mapping[str, Field]] = {
         "partition": Field(_TEXT, required=True),
         "consumer": Field(_TEXT, longest=64, pattern=_CONSUMER.pattern),
         "from": Field(_NUMBER),
+        "epoch": Field(_TEXT),
         "around": Field(("boolean",)),
     },
 }
@@ -102,10 +103,7 @@ def parse_command(verb: str, payload: bytes, check: Callable[[Mapping[str, Any]]
     Size (at most 4 KiB) and depth are checked before the JSON is parsed. Fields that are not in the table are refused: a
     misspelt field that is ignored would do something else than what was asked.
     """
-    if len(payload) > LARGEST:
-        raise CommandError(f"the command has {len(payload)} bytes; at most {LARGEST} are taken")
-    if _depth(payload) > DEEPEST:
-        raise CommandError(f"the command is nested deeper than {DEEPEST} levels")
+    check_size(payload)
     try:
         document = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
@@ -125,6 +123,14 @@ def parse_command(verb: str, payload: bytes, check: Callable[[Mapping[str, Any]]
         return _command(verb, identifier, document)
     except CommandError as error:
         raise CommandError(str(error), identifier) from None
+
+
+def check_size(payload: bytes) -> None:
+    """Before it is parsed. Raises CommandError."""
+    if len(payload) > LARGEST:
+        raise CommandError(f"the command has {len(payload)} bytes; at most {LARGEST} are taken")
+    if _depth(payload) > DEEPEST:
+        raise CommandError(f"the command is nested deeper than {DEEPEST} levels")
 
 
 def _command(verb: str, identifier: str, document: dict[str, Any]) -> Command:

@@ -171,7 +171,7 @@ class ConsumerDocument(TypedDict):
     """A consumer that acknowledges what it has applied."""
 
     consumer: Name
-    seq: Count
+    seq: Annotated[Count | None, Rules("what it has; null: nothing yet")]
     lag: Annotated[int, Rules("snapshots it has not acknowledged", minimum=0)]
     age_s: Annotated[int, Rules("seconds since it was heard of", minimum=0)]
     holds: Annotated[bool, Rules("whether snapshots are kept for it")]

@@ -104,17 +104,18 @@ class Publisher:
         """The largest packet in bytes, as far as is known now."""
         return self.stats.packet or self._packet
 
-    def add(self, outbox: Outbox, consumer: str | None = None) -> None:
+    def add(self, outbox: Outbox, consumer: str | None = None) -> LaneStats:
         """Publish what an outbox holds, from now on: as the partition's changes, or as what one consumer asked for.
 
-        Raises OperatorError if a name cannot stand in a topic.
+        Returns what happens to its pages. Raises OperatorError if a name cannot stand in a topic.
         """
         key = (outbox.partition, consumer)
         self._topic(key)
         self._cancel_lane(key)
         self._outboxes[key] = outbox
-        self._stats(key)
+        stats = self._stats(key)
         self._open_lane(key, outbox)
+        return stats
 
     def remove(self, outbox: Outbox) -> None:
         """Publish no more from an outbox. An acknowledgement that is being written now may still be written."""
@@ -167,7 +168,12 @@ class Publisher:
 
     def _progress(self) -> int:
         """Pages that brokers have acknowledged."""
-        return sum(lane.acknowledged for lane in (*self.stats.lanes.values(), *self.stats.replays.values()))
+        return sum(lane.acknowledged for lane in self._all_stats().values())
+
+    def _all_stats(self) -> dict[_Key, LaneStats]:
+        lanes: dict[_Key, LaneStats] = {(partition, None): lane for partition, lane in self.stats.lanes.items()}
+        lanes.update(self.stats.replays.items())
+        return lanes
 
     async def _until_stopped(self, session: "asyncio.Task[None]") -> None:
         """Let a session run, but not much longer than asked to stop; one that is still connecting ends at once."""
@@ -203,7 +209,7 @@ class Publisher:
                 _LOG.warning(
                     "broker %s keeps no retained messages: status and states reach only who listens", self.config.url
                 )
-            before = {name: (lane.sent, lane.position) for name, lane in self.stats.lanes.items()}
+            before = {key: (lane.sent, lane.position) for key, lane in self._all_stats().items()}
             try:
                 await self._work(connection)
             except LinkError as error:
@@ -262,16 +268,17 @@ class Publisher:
         except* LinkError as errors:
             raise _first(errors) from None
 
-    def _judge_hanging_up(self, error: LinkError, before: dict[str, tuple[int, Position | None]], largest: int) -> None:
+    def _judge_hanging_up(
+        self, error: LinkError, before: dict[_Key, tuple[int, Position | None]], largest: int
+    ) -> None:
         """MQTT 3.1.1 knows neither limit nor reason: a broker that finds a packet too large just hangs up, again and again.
 
         So when it did twice on pages of which it acknowledged none, smaller ones are tried; where the smallest do not help
         either, it was something else.
         """
-        known = {name: before.get(name, (0, None)) for name in self.stats.lanes}
-        stuck = any(
-            lane.sent > known[name][0] and lane.position == known[name][1] for name, lane in self.stats.lanes.items()
-        )
+        lanes = self._all_stats()
+        known = {key: before.get(key, (0, None)) for key in lanes}
+        stuck = any(lane.sent > known[key][0] and lane.position == known[key][1] for key, lane in lanes.items())
         told = error.reason in {PACKET_TOO_LARGE, SESSION_TAKEN_OVER}
         self._hung_up = self._hung_up + 1 if stuck and not told else 0
         if self._hung_up < 2:

@@ -10,8 +10,8 @@ from feed.commands import LARGEST, answer, readable_id
 from feed.connection import REFUSED, Connection, LinkError, PacketError, response_properties
 
 _LOG = logging.getLogger("snapfeed.feed")
-AT_ONCE = 16
-_WAITING = 64
+AT_ONCE = 256
+_WAITING = 512
 _SUBSCRIBE_AGAIN = 60.0  # seconds after the broker refused
 
 

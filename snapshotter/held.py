@@ -1,8 +1,8 @@
 """A kept state as a view with its content: the newest snapshot's table, a copy of it, or on btrfs the snapshot itself."""
 
 import contextlib
+import errno
 import os
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -74,18 +74,27 @@ def copy_table(visit: Visit, path: bytes) -> None:
     """Copy the system file as it is now to `path`: where there is reflink, at no cost. Raises OSError, TransientError."""
     with translated(visit.file.path):
         visit.file.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    with open(visit.file.path, "rb") as source, open(path, "wb", opener=_private) as target:
-        left = os.fstat(source.fileno()).st_size
+    source = os.open(visit.file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    visit.close_last(source)
+    with open(path, "wb", opener=_private) as target:
+        left = os.fstat(source).st_size
         try:
             while left > 0:
-                done = os.copy_file_range(source.fileno(), target.fileno(), left)
+                done = os.copy_file_range(source, target.fileno(), left)
                 if not done:
                     break
                 left -= done
-        except OSError:  # not between these, or not here
-            source.seek(0)
-            target.seek(0)
-            shutil.copyfileobj(source, target, 1 << 20)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            _copy(source, target.fileno())  # not between these, or not here
+
+
+def _copy(source: int, target: int) -> None:
+    at = 0
+    while block := os.pread(source, 1 << 20, at):
+        os.pwrite(target, block, at)
+        at += len(block)
 
 
 def _private(path: str | bytes, flags: int) -> int:

@@ -10,6 +10,7 @@ from .systemfile import JournalRow, SystemFile
 
 _G = 1_000_000_000
 _SOME = 512  # diffs looked at at a time
+MOST_CONSUMERS = 64  # of a partition: its state, which names them, is one message
 BATCH = 50_000  # changes squashed at a time, which is what bounds the memory it takes
 
 
@@ -29,7 +30,7 @@ class Limits:
 
 def needed(file: SystemFile, limits: Limits, now_ns: int) -> int | None:
     """The oldest snapshot that a consumer holds; None if none is held."""
-    since = now_ns - round(limits.hold_age * _G)
+    since = now_ns - limits.hold_age * _G
     wanted = [row.seq for row in file.consumers() if row.time_ns >= since]
     if not wanted:
         return None

@@ -57,10 +57,11 @@ class JournalRow(NamedTuple):
 
 
 class ConsumerRow(NamedTuple):
-    """A consumer: its name, the diff up to which it has everything, and when it last said so."""
+    """A consumer: its name, from which snapshot on they are kept for it, whether it has that one, and when it was heard of."""
 
     name: str
     seq: int
+    has: bool
     time_ns: int
 
 
@@ -399,12 +400,13 @@ class SystemFile:
 
     def consumers(self) -> list[ConsumerRow]:
         with translated(self.path):
-            return [ConsumerRow(*row) for row in self.db.execute("SELECT * FROM consumer ORDER BY name")]
+            rows = self.db.execute("SELECT name, seq, has, time_ns FROM consumer ORDER BY name")
+            return [ConsumerRow(name, seq, bool(has), time_ns) for name, seq, has, time_ns in rows]
 
-    def set_consumer(self, name: str, seq: int, time_ns: int) -> None:
-        """What a consumer has, by its own word."""
+    def set_consumers(self, rows: list[ConsumerRow]) -> None:
+        """Note consumers, in the place of what was known of those of the same name."""
         with self.transaction():
-            self.db.execute("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?)", (name, seq, time_ns))
+            self.db.executemany("INSERT OR REPLACE INTO consumer VALUES (?, ?, ?, ?)", rows)
 
     def drop_consumer(self, name: str) -> bool:
         """Forget a consumer; whether there was one."""

@@ -101,6 +101,7 @@ class Visit:
         self._known = abilities
         self._check = check
         self._stack = contextlib.ExitStack()
+        self._late: list[int] = []
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -112,6 +113,12 @@ class Visit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        for fd in self._late:
+            os.close(fd)
+
+    def close_last(self, fd: int) -> None:
+        """Close a descriptor of the system file after the file: closing it takes the process's locks away (fcntl(2), F_SETLK)."""
+        self._late.append(fd)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         path, shown = self.partition.path, os.fsdecode(self.partition.path)

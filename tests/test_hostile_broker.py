@@ -21,6 +21,7 @@ from partitions import wait_until
 from publishing import ListOutbox, outbox, publisher, running
 
 import feed.connection
+import feed.requests
 from comparer.model import Attr, ByteRanges, Change, FileType, Ident, Op, Quality
 from feed.backoff import Backoff
 from feed.commands import LARGEST, answer, readable_id
@@ -684,7 +685,13 @@ def test_odd_commands_leave_one_line_and_one_count(name, caplog):
     assert line is None or re.search(line, lines[0])
 
 
-def test_too_many_commands_are_told_so(caplog):
+@pytest.fixture
+def few_places(monkeypatch):
+    monkeypatch.setattr(feed.requests, "AT_ONCE", 16)
+    monkeypatch.setattr(feed.requests, "_WAITING", 64)
+
+
+def test_too_many_commands_are_told_so(caplog, few_places):
     async def scenario():
         gate = asyncio.Event()
 
@@ -710,7 +717,7 @@ def test_too_many_commands_are_told_so(caplog):
     assert len(lines) == 184
 
 
-def test_commands_are_dropped_where_no_answer_gets_out(caplog):
+def test_commands_are_dropped_where_no_answer_gets_out(caplog, few_places):
     async def scenario():
         commands = [Command(REQUEST, b'{"id":"%d"}' % number) for number in range(200)]
         deaf = Script(commands=commands, reason=lambda publish: None if "/response/" in publish.topic else 0)

@@ -409,13 +409,14 @@ def test_the_cursor_waits_for_the_acknowledgement(ext4):
     part = partition_at(os.fsencode(ext4.path))
     with Visit(part) as visit:
         take(visit, order(), Dirty, lambda _: None)
+        epoch = visit.file.settings().epoch
 
     async def in_file(function):
         with SystemFile.open(part.system_file) as file:
             return function(file)
 
     async def scenario():
-        envelope = Envelope("edge7", "data", "u", "e", 0, None, 0, "", 0, "", None)
+        envelope = Envelope("edge7", "data", "u", epoch, 0, None, 0, "", 0, "", None)
         outbox = JournalOutbox("data", "t", envelope, in_file)
         pages = await outbox.fetch(None, 1 << 17, 10)
         await outbox.flush()
@@ -508,7 +509,8 @@ def test_a_snapshot_costs_what_changed(fs, tmp_path):
                 found.append(len(log.read_bytes().splitlines()))
                 feed.quiet()
             costs.append(min(found))
-        assert costs[1] <= costs[0] + 40, costs
+        # a visit of the publisher may fall among them; looking at what did not change would be some thousand
+        assert costs[1] <= costs[0] + 300, costs
         feed.exact()
 
 

@@ -14,7 +14,7 @@ from partitions import partition, wait_until
 
 from comparer.errors import DamageError, OperatorError, TransientError
 from snapshotter.retention import Limits, needed, prune, to_squash
-from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
+from snapshotter.systemfile import ConsumerRow, DiffRow, Settings, SnapshotRow, SystemFile
 
 SETTINGS = Settings("an-epoch", "a-uuid", "partition", 1 << 20, 60.0, 0)
 
@@ -84,8 +84,7 @@ def test_a_consumer_holds_snapshots_up_to_a_bound(made):
     with SystemFile.open(made) as file:
         for seq in range(1, 41):
             record(file, seq, seq - 1 or None)
-        file.set_consumer("late", 10, 100 * 10**9)
-        file.set_consumer("later", 20, 100 * 10**9)
+        file.set_consumers([ConsumerRow(n, s, has=True, time_ns=100 * 10**9) for n, s in (("late", 10), ("later", 20))])
         now = 101 * 10**9
         assert needed(file, Limits(), now) == 10
         assert needed(file, Limits(hold_snapshots=5), now) == 36
@@ -108,7 +107,7 @@ def test_what_nobody_can_have_seen_is_squashed_beyond_the_bounds(made):
         assert to_squash(file, Limits(), now, 16) is None
         assert to_squash(file, Limits(bytes=2000), now, 16) == (6, 25)
         assert to_squash(file, Limits(age=30.0), now, 16) == (6, 9)
-        file.set_consumer("one", 12, now)
+        file.set_consumers([ConsumerRow("one", 12, has=True, time_ns=now)])
         assert to_squash(file, Limits(bytes=2000), now, 16) == (6, 12)
         merged = file.diff(12)
         file.merge_diffs(6, replace(merged, parent=5), [(3, b"abc"), (4, b"def")])

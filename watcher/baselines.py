@@ -9,6 +9,7 @@ import os
 import re
 import sqlite3
 import time
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from snapshotter.systemfile import SnapshotRow, translated
 from snapshotter.visit import Visit
 
 SLICE = 0.1  # seconds of one visit
-_LEFTOVER = re.compile(rb"baseline-[A-Za-z0-9_-]{1,64}\.(db|table)\Z")
+_LEFTOVER = re.compile(rb"baseline-[A-Za-z0-9_-]{1,80}\.(db|table)\Z")
 
 
 class _Now:
@@ -69,6 +70,7 @@ class Spool:
 
     def __init__(self, consumer: str, limit: int) -> None:
         self.consumer = consumer
+        self.name = f"{consumer}-{uuid.uuid4().hex[:12]}"
         self.pages = 0
         self.changes = 0
         self.row: SnapshotRow | None = None
@@ -77,7 +79,7 @@ class Spool:
         self._chunks: Iterator[Chunk] = iter(())
 
     def _path(self, visit: Visit, kind: str) -> bytes:
-        name = f"baseline-{self.consumer}.{kind}".encode()
+        name = f"baseline-{self.name}.{kind}".encode()
         return os.path.join(os.path.dirname(visit.file.path), name)
 
     def begin(self, visit: Visit) -> SnapshotRow:
@@ -86,11 +88,14 @@ class Spool:
         if not rows:
             raise OperatorError("there is no snapshot yet; ask again when there is")
         self.row = rows[-1]
-        self.remove(visit)
-        if visit.abilities.backend != "btrfs":
-            copy_table(visit, self._path(visit, "table"))
-        with self._open(visit) as db:
-            db.execute("CREATE TABLE page (page INTEGER PRIMARY KEY, count INTEGER, body BLOB)")
+        try:
+            if visit.abilities.backend != "btrfs":
+                copy_table(visit, self._path(visit, "table"))
+            with self._open(visit) as db:
+                db.execute("CREATE TABLE page (page INTEGER PRIMARY KEY, count INTEGER, body BLOB)")
+        except BaseException:  # a disk that is full is not to be filled by us
+            self.remove(visit)
+            raise
         self._chunks = chunks((self._now.encoded(change) for change in baseline(self._now)), self._limit)
         return self.row
 

@@ -157,11 +157,9 @@ def consumers(options: argparse.Namespace) -> int:
             _print(row)
             continue
         what = f", {row['sending']} under way" if row["sending"] else ""
+        has = "has nothing yet" if row["seq"] is None else f"has snapshot {row['seq']}"
         held = "" if row["holds"] else ", holds nothing any more"
-        print(
-            f"{row['consumer']}: has snapshot {row['seq']}, lacks {row['lag']}, heard of {format_duration(row['age_s'])} ago"
-            f"{held}{what}"
-        )
+        print(f"{row['consumer']}: {has}, lacks {row['lag']}, heard of {format_duration(row['age_s'])} ago{held}{what}")
     if not found["consumers"] and not options.json:
         print("no consumers")
     return 0

@@ -6,15 +6,15 @@ import logging
 import os
 import socket
 import struct
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
 from comparer.errors import OperatorError, SnapfeedError
-from feed.commands import LARGEST, VERBS, answer, parse_command
+from feed.commands import LARGEST, VERBS, answer, check_size, readable_id
 
-from .pipeline import describe
 from .service import Service
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if not _may(writer):
-                writer.write(answer(None, error="not your daemon: only root and its own user may command it") + b"\n")
+                why = OperatorError("not your daemon: only root and its own user may command it")
+                writer.write(self._service.refuse("?", None, why) + b"\n")
                 return
             while line := await reader.readline():
                 await self._answer(line, writer)
@@ -63,28 +64,25 @@ class ControlServer:
             writer.close()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
-        identifier: str | None = None
+        identifier, verb = readable_id(line), "?"
         try:
-            if len(line) > LARGEST:
-                raise OperatorError(f"a command of {len(line)} bytes; at most {LARGEST} are allowed")
+            check_size(line)
             document = orjson.loads(line)
             if not isinstance(document, dict) or not isinstance(document.get("verb"), str):
                 raise OperatorError("a command is an object with a `verb`")
             verb = document.pop("verb")
-            given = document.get("id")
-            identifier = given if isinstance(given, str) else None
             if verb in VERBS:
-                data = await self._service.execute(parse_command(verb, orjson.dumps(document)))
-                writer.write(answer(identifier, data) + b"\n")
+                writer.write(await self._service.handle_local(verb, orjson.dumps(document)) + b"\n")
                 return
-            async for data in self._service.local(verb, document):
-                writer.write(orjson.dumps({"id": identifier, "more": True, "data": data}) + b"\n")
-                await writer.drain()
+            async with contextlib.aclosing(self._service.local(verb, document)) as found:
+                async for data in found:
+                    writer.write(orjson.dumps({"id": identifier, "more": True, "data": data}) + b"\n")
+                    await writer.drain()
             writer.write(answer(identifier) + b"\n")
         except orjson.JSONDecodeError as error:
-            writer.write(answer(None, error=f"not JSON: {error}") + b"\n")
+            writer.write(self._service.refuse(verb, identifier, OperatorError(f"not JSON: {error}")) + b"\n")
         except SnapfeedError as error:
-            writer.write(answer(identifier, error=describe(error)) + b"\n")
+            writer.write(self._service.refuse(verb, identifier, error) + b"\n")
 
 
 def _may(writer: asyncio.StreamWriter) -> bool:
@@ -147,7 +145,7 @@ def ask(path: str, verb: str, timeout: float | None = None, **fields: Any) -> It
             raise NoDaemonError(
                 f"{path}: no snapfeed daemon answers ({error.strerror}); start it with `snapfeed run`, or give its --socket"
             ) from error
-        connection.sendall(orjson.dumps({"verb": verb, "id": str(os.getpid()), **fields}) + b"\n")
+        connection.sendall(orjson.dumps({"verb": verb, "id": uuid.uuid4().hex, **fields}) + b"\n")
         with connection.makefile("rb") as lines:
             for line in lines:
                 document = orjson.loads(line)

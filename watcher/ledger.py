@@ -9,16 +9,19 @@ import logging
 import os
 import sqlite3
 
+from comparer.errors import TransientError
 from feed.commands import Command
 
 log = logging.getLogger(__name__)
 NAME = "commands.db"
-KEPT = 7 * 86400  # seconds
 _MOST = 100_000  # commands
 
 
 class Ledger:
-    """`begin` before, `finish` after; both fast (one commit). Until `open`, or if that fails, in memory; `trouble` says why."""
+    """`begin` before, `finish` after; one commit each, in whatever thread, one at a time.
+
+    Until `open`, or if that fails, in memory; `trouble` says why.
+    """
 
     def __init__(self) -> None:
         self.trouble: str | None = None
@@ -46,22 +49,26 @@ class Ledger:
 
     def earlier(self, command: Command) -> tuple[bool, bytes | None]:
         """Whether it was begun before, and what was answered then; no answer: a daemon ended meanwhile."""
-        with contextlib.suppress(sqlite3.Error):
+        try:
             row = self._db.execute("SELECT reply FROM command WHERE verb = ? AND id = ?", _key(command)).fetchone()
-            return (False, None) if row is None else (True, row[0])
-        return False, None
+        except sqlite3.Error as error:
+            raise TransientError(
+                f"whether the command was carried out cannot be told ({error}), so it is not"
+            ) from error
+        return (False, None) if row is None else (True, row[0])
 
-    def begin(self, command: Command, now: float) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self._db.execute("INSERT OR REPLACE INTO command VALUES (?, ?, ?, NULL)", (*_key(command), now))
+    def begin(self, command: Command) -> None:
+        """Raises TransientError if it cannot be noted: it must not be carried out then."""
+        try:
+            self._db.execute("INSERT INTO command (verb, id) VALUES (?, ?)", _key(command))
+        except sqlite3.Error as error:
+            raise TransientError(f"the command cannot be remembered ({error}), so it is not carried out") from error
 
-    def finish(self, command: Command, reply: bytes, now: float) -> None:
+    def finish(self, command: Command, reply: bytes) -> None:
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("UPDATE command SET reply = ? WHERE verb = ? AND id = ?", (reply, *_key(command)))
-            self._db.execute("DELETE FROM command WHERE at < ?", (now - KEPT,))
-            self._db.execute(
-                "DELETE FROM command WHERE at < (SELECT at FROM command ORDER BY at DESC LIMIT 1 OFFSET ?)", (_MOST,)
-            )
+            # by number and not by age: a clock that is set must not make us forget
+            self._db.execute("DELETE FROM command WHERE number <= (SELECT max(number) FROM command) - ?", (_MOST,))
 
     def forget(self, command: Command) -> None:
         """It was refused before it did anything: the same id may try again."""
@@ -74,12 +81,11 @@ def _key(command: Command) -> tuple[str, str]:
 
 
 def _prepared(path: str) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
+    db = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
     for text in (
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = FULL",
-        "CREATE TABLE IF NOT EXISTS command (verb TEXT, id TEXT, at REAL, reply BLOB, PRIMARY KEY (verb, id)) WITHOUT ROWID",
-        "CREATE INDEX IF NOT EXISTS command_at ON command (at)",
+        "CREATE TABLE IF NOT EXISTS command (number INTEGER PRIMARY KEY, verb TEXT, id TEXT, reply BLOB, UNIQUE (verb, id))",
     ):
         db.execute(text).fetchall()
     return db

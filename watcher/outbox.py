@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from comparer.errors import SnapfeedError
+from comparer.errors import SnapfeedError, TransientError
 from feed.outbox import OutPage, Position
 from feed.pages import Chunk, Envelope, page_payload, resplit
 from snapshotter.systemfile import DiffRow, SystemFile
@@ -17,7 +17,7 @@ FLUSH_AFTER = 0.25  # seconds; a lost cursor costs duplicates, never a page
 _HEAD_ROOM = 64  # bytes for page numbers
 _TOPIC = 512  # bytes of the longest topic: how a diff is cut must not depend on whose topic it is sent on, ours or a consumer's
 _OFFERED = 15  # diffs beyond the one handed out that may not be squashed any more
-_OFFERED_AT_ONCE = 255  # as above, while a backlog is being sent
+_OFFERED_AT_ONCE = 255  # as above, of those that exist already
 FETCHED = 1 << 20  # bytes handed out at a time
 T = TypeVar("T")
 InFile = Callable[[Callable[[SystemFile], T]], Awaitable[T]]
@@ -48,6 +48,7 @@ class JournalOutbox:
         self._backlog = backlog
         self._flushed: Position | None = None
         self._cuts: dict[int, tuple[int, int]] = {}  # pages and page_limit of the diffs handed out and not acknowledged
+        self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
 
@@ -56,9 +57,26 @@ class JournalOutbox:
             start = after or self.acknowledged or Position(*file.acknowledged())
             return self._pages(file, start, limit + len(self._topic.encode()) - _TOPIC, count)
 
-        found = await self._in_file(read)
+        found = await self._in_file(self._of_our_epoch(read))
         assert isinstance(found, list)  # noqa: S101 - what `read` returns
         return found
+
+    def _of_our_epoch(self, function: Callable[[SystemFile], T]) -> Callable[[SystemFile], T]:
+        """A file that was set aside has a successor in its place, with numbers of its own: ours mean nothing there."""
+
+        def checked(file: SystemFile) -> T:
+            if file.settings().epoch != self._envelope.epoch:
+                raise TransientError(f"{self.partition}: another epoch has begun")
+            return function(file)
+
+        return checked
+
+    def close(self) -> None:
+        """Write nothing more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _pages(self, file: SystemFile, after: Position, room: int, count: int) -> list[OutPage]:
         found: list[OutPage] = []
@@ -73,9 +91,7 @@ class JournalOutbox:
         size = 0
         while diff is not None and len(found) < count and size < FETCHED and self._wants(diff):
             if diff.seq > offered:  # some at a time: it is a write to the disk
-                offered = diff.seq + (
-                    _OFFERED_AT_ONCE if (file.head() or 0) - diff.seq > _OFFERED_AT_ONCE else _OFFERED
-                )
+                offered = max(diff.seq + _OFFERED, min(diff.seq + _OFFERED_AT_ONCE, file.head() or 0))
                 file.offer(offered)
             envelope = self.envelope(diff)
             fixed = len(page_payload(envelope, 1, 1, b"")) + _HEAD_ROOM
@@ -145,7 +161,7 @@ class JournalOutbox:
 
     async def acknowledge(self, position: Position) -> None:
         self.acknowledged = position
-        if self._timer is None:
+        if self._timer is None and not self._closed:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_AFTER, self._flush_soon)
 
     def _flush_soon(self) -> None:
@@ -169,7 +185,7 @@ class JournalOutbox:
             return file.backlog()
 
         with contextlib.suppress(SnapfeedError, OSError):
-            left = await self._in_file(write)
+            left = await self._in_file(self._of_our_epoch(write))
             assert isinstance(left, int)  # noqa: S101 - what `write` returns
             self._backlog(left)
             return

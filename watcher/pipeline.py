@@ -4,21 +4,23 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from comparer.dirty import Dirty
 from comparer.errors import DamageError, OperatorError, SnapfeedError, TransientError
+from feed.commands import CommandError
 from feed.escape import printable
 from feed.pages import Envelope
 from snapshotter.adopt import quarantine
 from snapshotter.partition import Partition, still_mounted
-from snapshotter.retention import Limits
+from snapshotter.retention import MOST_CONSUMERS, Limits
 from snapshotter.systemfile import ConsumerRow, Settings, SystemFile
 from snapshotter.visit import Abilities, Visit
 
@@ -33,9 +35,11 @@ from .triggers import Due, Facts, Trigger, decide, next_look
 from .work import Done, Order, journal_of, sweep, take, thread_io, touch_canary
 
 log = logging.getLogger(__name__)
+ACKS_AFTER = 1.0  # seconds
 POLL = (1.0, 8.0)  # seconds between two readings of the meters: while something happens, and at most when nothing does
 SILENT = 8 << 20  # bytes written without any event that are a reason to look
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
+_CLOCK_SET_NS = 3600 * 10**9
 _IMPATIENCE = 1.0  # seconds between two looks whether the loop is ending
 _PATIENCE = 10.0  # seconds for a snapshot under way when the daemon stops
 T = TypeVar("T")
@@ -84,6 +88,9 @@ class Pipeline:
         self.outbox: JournalOutbox | None = None
         self.pins: dict[str, int] = {}  # snapshots that are being read, by who reads them
         self.sending: Callable[[], list[tuple[str, str]]] = list  # (consumer, what) that is being sent
+        self._known: list[ConsumerRow] = []
+        self._acks: dict[str, ConsumerRow] = {}  # not written yet
+        self._writing: asyncio.Task[None] | None = None
         self._envelope = envelope
         self._topic = topic
         self._changed = changed
@@ -108,6 +115,7 @@ class Pipeline:
         self._again = 0
         self._busy = False
         self._closing = False
+        self._clock = time.time_ns() - time.monotonic_ns()
 
     # ---- for others, in the loop's thread
 
@@ -173,17 +181,71 @@ class Pipeline:
 
     async def refresh(self) -> None:
         """Read again who consumes, and what the journal holds: something was said about it."""
-        self._told(*await self.in_file(lambda file: (file.consumers(), journal_of(file))))
+        self._known, self.state.journal = await self.in_file(lambda file: (file.consumers(), journal_of(file)))
+        self.told()
+
+    def told(self) -> None:
+        """Say anew who consumes: what they have, or what is being sent to them, has changed."""
+        sending = dict(self.sending())
+        rows = {row.name: row for row in self._known} | self._acks
+        self.state.consumers = tuple(
+            Consumer(row.name, row.seq if row.has else None, row.time_ns, sending.get(row.name))
+            for _, row in sorted(rows.items())
+        )
         self._changed(self)
 
-    def _told(self, consumers: list[ConsumerRow], journal: tuple[int, int, int]) -> None:
-        sending = dict(self.sending())
-        self.state.consumers = tuple(Consumer(c.name, c.seq, c.time_ns, sending.get(c.name)) for c in consumers)
-        self.state.journal = journal
+    def acknowledge(self, consumer: str, epoch: str, seq: int, now_ns: int) -> None:
+        """A consumer has everything up to a diff. Written soon, many at a time: one that is lost is only a longer hold.
+
+        Raises CommandError.
+        """
+        head = self.state.head or 0
+        if epoch != self.state.epoch:
+            raise CommandError(f"epoch {ascii(epoch)[:80]} is not that of {self.name}, which is {self.state.epoch}")
+        if seq > head:
+            raise CommandError(f"snapshot {seq} does not exist yet: the head of {self.name} is {head}")
+        rows = {row.name: row for row in self._known} | self._acks
+        if consumer not in rows and len(rows) >= MOST_CONSUMERS:
+            raise CommandError(f"{len(rows)} consumers are known already; forget one: snapfeed consumers --forget")
+        before = rows[consumer].seq if consumer in rows and rows[consumer].has else 0
+        self._acks[consumer] = ConsumerRow(consumer, max(before, seq), has=True, time_ns=now_ns)
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_acks())
+        self.told()
+
+    async def forget_consumer(self, consumer: str) -> bool:
+        """Keep nothing for a consumer any more; whether it was known."""
+        waiting = self._acks.pop(consumer, None) is not None
+        found = await self.in_file(lambda file: file.drop_consumer(consumer)) or waiting
+        await self.refresh()
+        return found
+
+    async def _write_acks(self) -> None:
+        try:
+            await asyncio.sleep(ACKS_AFTER)
+            await self.flush_acks()
+        finally:
+            self._writing = None
+
+    async def flush_acks(self) -> None:
+        """Write what consumers have acknowledged. What cannot be written now stays to be written."""
+        acks, epoch = dict(self._acks), self.state.epoch
+        if not acks:
+            return
+
+        def write(file: SystemFile) -> list[ConsumerRow]:
+            if file.settings().epoch == epoch:
+                file.set_consumers(list(acks.values()))
+            return file.consumers()
+
+        with contextlib.suppress(SnapfeedError, OSError):
+            self._known = await self.in_file(write)
+            self._acks = {name: row for name, row in self._acks.items() if acks.get(name) != row}
 
     async def close(self) -> None:
         if self.outbox is not None:
             await self.outbox.flush()
+        await self.flush_acks()
         # the thread may be in the middle of a snapshot, and that one ask the loop, which must not have ended
         with contextlib.suppress(TimeoutError):
             idle = asyncio.get_running_loop().run_in_executor(self._executor, bool)
@@ -289,6 +351,7 @@ class Pipeline:
             self._source.close()
             self._source = None
         if self.outbox is not None:
+            self.outbox.close()
             self._closed(self.outbox)
             self.outbox = None
         self._fresh = True
@@ -311,22 +374,26 @@ class Pipeline:
         self.state.state, self.state.reason = "starting", None
         self._abilities = None
 
+        # before anything of it is changed: another daemon may be at work on it
+        uuid = await self._visit(lambda visit: visit.file.settings().uuid, check=True)
+        self._claim(uuid)
+
         def look(visit: Visit) -> tuple[Abilities, Settings, int | None, int, str]:
             removed = sweep(visit) + sweep_spools(visit)
-            self._told(visit.file.consumers(), journal_of(visit.file))
+            self._known, self.state.journal = visit.file.consumers(), journal_of(visit.file)
             if removed:
                 log.info("%s: removed %d leftovers of an unfinished snapshot", self.name, removed)
             backend = visit.backend()
             return visit.abilities, visit.file.settings(), visit.file.head(), visit.file.backlog(), backend.consistency
 
-        abilities, settings, head, backlog, consistency = await self._visit(look, check=True)
-        self._claim(settings.uuid)
+        abilities, settings, head, backlog, consistency = await self._visit(look)
         self._abilities, state = abilities, self.state
         state.epoch, state.head, state.backlog = settings.epoch, head, backlog
         self.set_thresholds(settings.io_threshold, settings.time_threshold)
         state.backend, state.consistency = abilities.backend, consistency
-        uuid = settings.uuid
         state.uuid = uuid
+        self._acks = {}
+        self.told()
         self._dirty = Dirty(lost="not watched until now")
         self._source = await self._watch()
         self._volume = Volume(
@@ -457,14 +524,12 @@ class Pipeline:
             return self._from_loop(now(), loop)
 
         order = Order(
-            trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit, self.rules.limits,
+            trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit, self._limits(),
             min(self.pins.values(), default=None),
         )  # fmt: skip
         try:
             self._busy = True
-            done = await self._visit(
-                lambda visit: take(visit, order, more, self._progress(loop), self._volume.captured)
-            )
+            done = await self._visit(lambda visit: self._take(visit, order, more, self._progress(loop)))
         except BaseException as error:
             self._dirty.merge(everything)
             self._volume.abandon()
@@ -483,6 +548,12 @@ class Pipeline:
             if not future.done():
                 future.set_result(done)
 
+    def _take(self, visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callable[[int], None]) -> Done:
+        """In the partition's thread: what consumers have acknowledged first, since it says what is kept for them."""
+        if self._acks:
+            visit.file.set_consumers(list(self._acks.values()))
+        return take(visit, order, more, progress, self._volume.captured)
+
     def _from_loop(self, coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
         """In the partition's thread: have the loop run something. Raises TransientError once the loop is ending: it may not."""
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
@@ -492,6 +563,12 @@ class Pipeline:
             except concurrent.futures.TimeoutError:
                 if self._closing:
                     raise TransientError("the daemon is stopping") from None
+
+    def _limits(self) -> Limits:
+        """What bounds journal and holds. Once the clock was set, ages mean nothing: only numbers and bytes bound them."""
+        if abs(time.time_ns() - time.monotonic_ns() - self._clock) > _CLOCK_SET_NS:
+            return replace(self.rules.limits, age=math.inf, hold_age=math.inf)
+        return self.rules.limits
 
     def _why_everything(self, trigger: Trigger, *, silent: bool) -> str | None:
         if self._source is None:

@@ -3,16 +3,19 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from comparer.errors import SnapfeedError, TransientError
 from feed.broker import NAME, Topics
 from feed.commands import CommandError
+from feed.lane import LaneStats
 from feed.outbox import Outbox, OutPage, Position
 from feed.pages import Envelope, chunk_limit, page_payload
-from snapshotter.systemfile import DiffRow, SystemFile
+from snapshotter.retention import MOST_CONSUMERS
+from snapshotter.systemfile import ConsumerRow, DiffRow, SystemFile
 from snapshotter.visit import Visit
 
 from .baselines import Spool
@@ -21,6 +24,9 @@ from .pipeline import Pipeline, describe
 
 log = logging.getLogger(__name__)
 AT_ONCE = 4  # baselines under way on one partition
+SILENT_NS = 7 * 86400 * 10**9  # one that was not heard of for so long makes room for another
+_LOOK = 30.0  # seconds
+_PATIENCE = 900.0  # seconds without an acknowledgement
 _PAUSE = 0.05  # seconds between two visits for a spool: an unmount wants its turn, too
 _WHOLE = 1 << 40  # a page number after every page
 T = TypeVar("T")
@@ -39,7 +45,7 @@ class Lanes(Protocol):
     @property
     def packet(self) -> int: ...
 
-    def add(self, outbox: Outbox, consumer: str | None = None) -> None: ...
+    def add(self, outbox: Outbox, consumer: str | None = None) -> LaneStats: ...
 
     def remove(self, outbox: Outbox) -> None: ...
 
@@ -147,6 +153,8 @@ class Replays:
     def __init__(self, lanes: Callable[[], Lanes]) -> None:
         self._lanes = lanes
         self._running: dict[tuple[str, str], _Running] = {}
+        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+        self._making: Counter[str] = Counter()  # baselines under way, by partition
         self.served = 0
 
     def running(self, partition: str) -> list[tuple[str, str]]:
@@ -156,59 +164,62 @@ class Replays:
     async def replay(self, pipeline: Pipeline, consumer: str, epoch: str, since: int, now_ns: int) -> dict[str, Any]:
         """Send the journal since a position. Raises GapError, OperatorError, TransientError; returns the answer's `data`."""
         topic = self._lanes().topics.replay(pipeline.name, consumer)
-        _ready(pipeline)
-
-        def look(file: SystemFile) -> tuple[int, int]:
-            head = file.head() or 0
-            current = file.settings().epoch
-            after = file.next_diff(since + 1)
-            reaches = since == head or (after is not None and after.parent is not None and after.parent == since)
-            if epoch != current or since > head or not reaches:
-                raise _gap(file, pipeline.name, current, head)
-            count = len(file.journal(since))
-            if file.offered() < head:
-                file.offer(head)
-            file.set_consumer(consumer, since, now_ns)
-            return head, count
-
-        head, count = await pipeline.in_file(look)
-        await self._end(pipeline.name, consumer)
-        await pipeline.refresh()
-        if count:
-            ending: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        async with self._turn(pipeline, consumer):
             envelope = pipeline.envelope()
-            outbox = ReplayOutbox(pipeline.name, topic, envelope, pipeline.in_file, since, head, _once(ending))
-            self._start(pipeline.name, consumer, "replay", self._serve(outbox, consumer, ending))
+
+            def look(file: SystemFile) -> tuple[int, int]:
+                head = file.head() or 0
+                current = file.settings().epoch
+                after = file.next_diff(since + 1)
+                reaches = since == head or (after is not None and after.parent is not None and after.parent == since)
+                if epoch != current or current != envelope.epoch or since > head or not reaches:
+                    raise _gap(file, pipeline.name, current, head)
+                count = len(file.journal(since))
+                if file.offered() < head:
+                    file.offer(head)
+                register(file, ConsumerRow(consumer, since, has=True, time_ns=now_ns))
+                return head, count
+
+            head, count = await pipeline.in_file(look)
+            await pipeline.refresh()
+            if count:
+                ending: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+                outbox = ReplayOutbox(pipeline.name, topic, envelope, pipeline.in_file, since, head, _once(ending))
+                self._start(pipeline, consumer, "replay", self._serve(outbox, consumer, ending))
         data = {"partition": pipeline.name, "epoch": epoch, "from": since, "seq": head, "diffs": count, "topic": topic}
         log.info("%s: %s gets the %d diffs since %d again", pipeline.name, consumer, count, since)
         return data
 
     async def baseline(self, pipeline: Pipeline, consumer: str, now_ns: int) -> dict[str, Any]:
         """Send the whole state. Raises OperatorError, TransientError; returns the answer's `data` once the state is fixed."""
-        lanes = self._lanes()
-        topic = lanes.topics.replay(pipeline.name, consumer)
-        _ready(pipeline)
-        await self._end(pipeline.name, consumer)
-        if sum(what == "baseline" for _, what in self.running(pipeline.name)) >= AT_ONCE:
-            raise TransientError(f"{pipeline.name}: {AT_ONCE} baselines are being made; ask again later")
-        spool = Spool(consumer, chunk_limit(lanes.packet))
+        topic = self._lanes().topics.replay(pipeline.name, consumer)
+        async with self._turn(pipeline, consumer):
+            if self._making[pipeline.name] >= AT_ONCE:
+                raise TransientError(f"{pipeline.name}: {AT_ONCE} baselines are being made; ask again later")
+            spool = Spool(consumer, chunk_limit(self._lanes().packet))
 
-        def begin(visit: Visit) -> int:
-            row = spool.begin(visit)
-            visit.file.set_consumer(consumer, row.seq, now_ns)
-            return row.seq
+            def begin(visit: Visit) -> int:
+                row = spool.begin(visit)
+                pipeline.pins[spool.name] = row.seq
+                register(visit.file, ConsumerRow(consumer, row.seq, has=False, time_ns=now_ns))
+                return row.seq
 
-        try:
-            seq = await pipeline.in_visit(begin)
-        except OSError as error:
-            raise TransientError(f"{pipeline.name}: {describe(error)}") from error
-        pipeline.pins[consumer] = seq
-        await pipeline.refresh()
-        self._start(pipeline.name, consumer, "baseline", self._send_baseline(pipeline, consumer, spool))
+            self._making[pipeline.name] += 1
+            try:
+                envelope = pipeline.envelope()
+                seq = await pipeline.in_visit(begin)
+                await pipeline.refresh()
+            except BaseException as error:
+                self._making[pipeline.name] -= 1
+                await asyncio.shield(_drop(pipeline, spool))
+                if isinstance(error, OSError):
+                    raise TransientError(f"{pipeline.name}: {describe(error)}") from error
+                raise
+            self._start(pipeline, consumer, "baseline", self._send_baseline(pipeline, consumer, spool, envelope))
         log.info("%s: %s gets the state of snapshot %d", pipeline.name, consumer, seq)
-        return {"partition": pipeline.name, "epoch": pipeline.state.epoch, "seq": seq, "topic": topic}
+        return {"partition": pipeline.name, "epoch": envelope.epoch, "seq": seq, "topic": topic}
 
-    async def _send_baseline(self, pipeline: Pipeline, consumer: str, spool: Spool) -> None:
+    async def _send_baseline(self, pipeline: Pipeline, consumer: str, spool: Spool, envelope: Envelope) -> None:
         try:
             more = True
             while more:
@@ -216,49 +227,69 @@ class Replays:
                 await asyncio.sleep(_PAUSE)
             row = spool.row
             assert row is not None  # noqa: S101 - it has begun
-            pipeline.pins.pop(consumer, None)
+            pipeline.pins.pop(spool.name, None)
             envelope = replace(
-                pipeline.envelope(), seq=row.seq, parent=None, time_ns=row.time_ns, trigger=row.trigger, volume=row.volume,
+                envelope, seq=row.seq, parent=None, time_ns=row.time_ns, trigger=row.trigger, volume=row.volume,
                 consistency=row.consistency, snapshot=row.path.decode() if row.path is not None else None, baseline=True,
             )  # fmt: skip
             ending: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
             outbox = BaselineOutbox(pipeline.name, envelope, spool, pipeline.in_visit, _once(ending))
             await self._serve(outbox, consumer, ending)
         finally:
-            pipeline.pins.pop(consumer, None)
-            with contextlib.suppress(SnapfeedError, OSError, RuntimeError):
-                await pipeline.in_visit(spool.remove)
+            self._making[pipeline.name] -= 1
+            await asyncio.shield(_drop(pipeline, spool))
 
     async def _serve(self, outbox: Outbox, consumer: str, ending: "asyncio.Future[str | None]") -> None:
+        """Until all of it is acknowledged, or nothing is for too long: who still wants it asks again."""
         lanes = self._lanes()
-        lanes.add(outbox, consumer)
+        stats = lanes.add(outbox, consumer)
+        loop = asyncio.get_running_loop()
+        seen, since = 0, loop.time()
         try:
-            trouble = await ending
+            while not ending.done():
+                await asyncio.wait({ending}, timeout=_LOOK)
+                if stats.acknowledged != seen:
+                    seen, since = stats.acknowledged, loop.time()
+                waited = loop.time() - since
+                if waited > _PATIENCE or (stats.refused and waited > _LOOK):
+                    why = stats.last_error or "no page was acknowledged"
+                    _once(ending)(f"given up after {waited:.0f} s: {why}")
+            trouble = ending.result()
         finally:
             lanes.remove(outbox)
         if trouble is None:
             self.served += 1
         else:
-            log.warning("%s: %s: %s", outbox.partition, consumer, trouble)
+            log.warning("%s: what %s asked for: %s", outbox.partition, consumer, trouble)
 
-    def _start(self, partition: str, consumer: str, what: str, work: Any) -> None:
-        key = (partition, consumer)
-        task = asyncio.create_task(work, name=f"{what} of {partition} for {consumer}")
+    @contextlib.asynccontextmanager
+    async def _turn(self, pipeline: Pipeline, consumer: str) -> AsyncIterator[None]:
+        """One request of a consumer at a time; what is being sent to it ends first. Raises TransientError if it cannot be."""
+        _ready(pipeline)
+        lock = self._turns.setdefault((pipeline.name, consumer), asyncio.Lock())
+        async with lock:
+            running = self._running.get((pipeline.name, consumer))
+            if running is not None:
+                running.task.cancel()
+                await asyncio.wait({running.task})
+            yield
+        if not lock.locked():
+            self._turns.pop((pipeline.name, consumer), None)
+
+    def _start(self, pipeline: Pipeline, consumer: str, what: str, work: Any) -> None:
+        key = (pipeline.name, consumer)
+        task = asyncio.create_task(work, name=f"{what} of {pipeline.name} for {consumer}")
         running = self._running[key] = _Running(task, what)
+        pipeline.told()
 
         def ended(done: "asyncio.Task[None]") -> None:
             if self._running.get(key) is running:
                 del self._running[key]
             if not done.cancelled() and (error := done.exception()) is not None:
-                log.warning("%s: %s for %s ended: %s", partition, what, consumer, describe(error))
+                log.warning("%s: %s for %s ended: %s", pipeline.name, what, consumer, describe(error))
+            pipeline.told()
 
         task.add_done_callback(ended)
-
-    async def _end(self, partition: str, consumer: str) -> None:
-        running = self._running.get((partition, consumer))
-        if running is not None:
-            running.task.cancel()
-            await asyncio.wait({running.task})
 
     async def end_all(self, partition: str | None = None) -> None:
         """End what is being sent: of one partition, which goes, or of all."""
@@ -267,6 +298,25 @@ class Replays:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+async def _drop(pipeline: Pipeline, spool: Spool) -> None:
+    pipeline.pins.pop(spool.name, None)
+    with contextlib.suppress(SnapfeedError, OSError, RuntimeError):
+        await pipeline.in_visit(spool.remove)
+
+
+def register(file: SystemFile, row: ConsumerRow) -> None:
+    """Note a consumer. Raises CommandError for one too many: they are told of in the state, which is one message."""
+    rows = file.consumers()
+    if len(rows) >= MOST_CONSUMERS and all(known.name != row.name for known in rows):
+        silent = [known for known in rows if known.time_ns < row.time_ns - SILENT_NS]
+        if not silent:
+            raise CommandError(
+                f"{MOST_CONSUMERS} consumers are known already; forget one: snapfeed consumers PARTITION --forget NAME"
+            )
+        file.drop_consumer(min(silent, key=lambda known: known.time_ns).name)
+    file.set_consumers([row])
 
 
 def _once(ending: "asyncio.Future[str | None]") -> Callable[[str | None], None]:

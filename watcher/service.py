@@ -6,25 +6,26 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 
 import orjson
 
-from comparer.errors import SnapfeedError
+from comparer.errors import SnapfeedError, TransientError
 from feed.around import Around
-from feed.commands import Command, CommandError, Executed, RateLimit, answer, parse_command
+from feed.commands import Command, CommandError, Executed, RateLimit, answer, parse_command, readable_id
 from feed.documents import SnapshotData, ThresholdsData
 from feed.pages import chunk_limit
 from feed.requests import Request
 from feed.signing import why_not
-from snapshotter.systemfile import SystemFile
+from snapshotter.systemfile import ConsumerRow, SystemFile
 from snapshotter.visit import Visit
 
 from .baselines import Spool
 from .ledger import Ledger
 from .pipeline import Pipeline, describe
-from .replays import Replays, check_consumer
+from .replays import Replays, check_consumer, register
 from .spans import Span
 from .surroundings import step
 from .verification import watched
@@ -33,7 +34,12 @@ from .work import Done
 log = logging.getLogger(__name__)
 RATE, BURST = 20.0, 50  # commands a second, from whoever sends them over MQTT
 ACKS, ACKS_AT_ONCE = 500.0, 2000  # `ack` is small, and told by every consumer for every diff
+LOCAL, LOCAL_AT_ONCE = 500.0, 2000  # at the control socket
+PLACES = 32  # commands that may wait for one partition: the others' are not to wait behind them
 _READING = frozenset({"state", "ack"})  # may be repeated: nothing comes of it
+
+
+Check = Callable[[Mapping[str, Any]], str | None]
 
 
 class Partitions(Protocol):
@@ -69,52 +75,73 @@ class Service:
         self._executed = Executed()
         self._limit = RateLimit(RATE, BURST)
         self._acks = RateLimit(ACKS, ACKS_AT_ONCE)
+        self._local = RateLimit(LOCAL, LOCAL_AT_ONCE)
+        self._busy: Counter[str] = Counter()  # commands under way, by partition
         self.refused = 0
         self.executed = 0
 
-    # ---- MQTT
+    # ---- from the broker, and from the control socket
 
     async def handle(self, request: Request) -> bytes:
         """Answer a command that came over MQTT. Never raises for what a command can be."""
+        limit = self._acks if request.verb == "ack" else self._limit
+        return await self._answered(request.verb, request.payload, limit, lambda doc: self._unsigned(request, doc))
+
+    async def handle_local(self, verb: str, payload: bytes) -> bytes:
+        """The same for the control socket, where the kernel says who calls."""
+        return await self._answered(verb, payload, self._local, lambda _document: None)
+
+    async def _answered(self, verb: str, payload: bytes, limit: RateLimit, check: Check) -> bytes:
         try:
-            limit = self._acks if request.verb == "ack" else self._limit
             if not limit.allow(self._now()):
-                raise CommandError("too many commands; slow down", _id_of(request.payload))
-            command = parse_command(request.verb, request.payload, lambda document: self._unsigned(request, document))
+                raise CommandError("too many commands; slow down", readable_id(payload))
+            command = parse_command(verb, payload, check)
         except CommandError as error:
-            return self._refuse(request.verb, error.id, error)
+            return self.refuse(verb, error.id, error)
         earlier = self._executed.reply(command)
         if earlier is not None:
             return earlier
         if not self._executed.begin(command):
-            return self._refuse(command.verb, command.id, CommandError("a command with this id is being carried out"))
-        if command.verb not in _READING:
-            known, told = self._ledger.earlier(command)
-            if known:
-                if told is None:
-                    why = "it was begun by a daemon that ended meanwhile, and is not done twice; look at `state`"
-                    told = self._refuse(command.verb, command.id, CommandError(why))
-                self._executed.finish(command, told)
-                return told
-            self._ledger.begin(command, self._wall())
+            return self.refuse(command.verb, command.id, CommandError("a command with this id is being carried out"))
         try:
-            reply = answer(command.id, await self.execute(command))
-        except SnapfeedError as error:
-            reply = self._refuse(command.verb, command.id, error)
+            reply = await self._once(command)
+        except SnapfeedError as error:  # it was not begun, and may be tried again
+            self._executed.forget(command)
+            return self.refuse(command.verb, command.id, error)
         except BaseException:
             self._executed.forget(command)
             raise
         self._executed.finish(command, reply)
-        if command.verb not in _READING:
-            self._ledger.finish(command, reply, self._wall())
         return reply
+
+    async def _once(self, command: Command) -> bytes:
+        """Carry it out and remember it, or say what was said when it was. Raises TransientError if it cannot be remembered."""
+        if command.verb in _READING:
+            return await self._reply(command)
+        known, told = await asyncio.to_thread(self._ledger.earlier, command)
+        if known and told is not None:
+            return told
+        if known:
+            why = "it was begun by a daemon that ended meanwhile, and is not done twice; look at `state`"
+            return self.refuse(command.verb, command.id, CommandError(why))
+        await asyncio.to_thread(self._ledger.begin, command)
+        reply = await self._reply(command)
+        await asyncio.to_thread(self._ledger.finish, command, reply)
+        return reply
+
+    async def _reply(self, command: Command) -> bytes:
+        try:
+            return answer(command.id, await self.execute(command))
+        except SnapfeedError as error:
+            return self.refuse(command.verb, command.id, error)
 
     def _unsigned(self, request: Request, document: Mapping[str, Any]) -> str | None:
         if self._secret is None:
             return None
         return why_not(self._secret, request.verb, self._host, document, self._wall())
 
-    def _refuse(self, verb: str, identifier: str | None, error: SnapfeedError) -> bytes:
+    def refuse(self, verb: str, identifier: str | None, error: SnapfeedError) -> bytes:
+        """One line in the log, one count, and the answer."""
         self.refused += 1
         log.warning("command %s refused: %s", ascii(verb)[:80], describe(error))
         return answer(identifier, data=getattr(error, "data", None), error=describe(error))
@@ -123,10 +150,20 @@ class Service:
 
     async def execute(self, command: Command) -> Any:
         """Carry out a command that was checked; raises SnapfeedError."""
+        targets = self.find([command.partition] if command.partition is not None else [])
+        full = next((p.name for p in targets if self._busy[p.name] >= PLACES), None)
+        if full is not None and command.verb not in _READING:
+            raise TransientError(f"{full}: {PLACES} commands wait for it already; try again later")
+        self.executed += 1
+        self._busy.update(p.name for p in targets)
+        try:
+            return await self._executed_on(command, targets)
+        finally:
+            self._busy.subtract(p.name for p in targets)
+
+    async def _executed_on(self, command: Command, targets: list[Pipeline]) -> Any:
         if command.verb in ("replay", "baseline", "ack"):
             return await self._for_consumer(command)
-        targets = self.find([command.partition] if command.partition is not None else [])
-        self.executed += 1
         if command.verb == "snapshot":
             found = await self.snapshots(targets)
             return found[0] if command.partition is not None else found
@@ -162,13 +199,13 @@ class Service:
             raise CommandError(f"`{command.verb}` needs the field `partition`")
         (pipeline,) = self.find([command.partition])
         consumer, fields = command.fields["consumer"], command.fields
-        self.executed += 1
         if command.verb == "baseline":
             return await self._replays.baseline(pipeline, consumer, time.time_ns())
         if command.verb == "replay":
             since = fields["since"]
             return await self._replays.replay(pipeline, consumer, since["epoch"], since["seq"], time.time_ns())
-        return await acknowledge(pipeline, consumer, fields["epoch"], fields["seq"])
+        pipeline.acknowledge(consumer, fields["epoch"], fields["seq"], time.time_ns())
+        return {"partition": pipeline.name, "consumer": consumer, "epoch": fields["epoch"], "seq": fields["seq"]}
 
     async def _thresholds(self, targets: list[Pipeline], fields: Mapping[str, Any]) -> list[ThresholdsData]:
         from .units import parse_duration, parse_size  # noqa: PLC0415
@@ -190,7 +227,7 @@ class Service:
 
     # ---- the control socket's own verbs
 
-    async def local(self, verb: str, document: dict[str, Any]) -> AsyncIterator[Any]:
+    async def local(self, verb: str, document: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """Answers, one or many, to what only the control socket asks. Raises SnapfeedError."""
         if verb == "status":
             yield self._daemon.overview()
@@ -216,9 +253,8 @@ class Service:
         elif verb == "forget":
             (pipeline,) = self.find([_text(document, "partition")])
             consumer = _text(document, "consumer")
-            if not await pipeline.in_file(lambda file: file.drop_consumer(consumer)):
+            if not await pipeline.forget_consumer(consumer):
                 raise CommandError(f"{pipeline.name} knows no consumer {ascii(consumer)[:80]}")
-            await pipeline.refresh()
         elif verb == "reconcile":
             for pipeline in self.find([_text(document, "partition")]):
                 pipeline.reconcile("asked for")
@@ -231,23 +267,6 @@ class Service:
             raise CommandError(f"unknown command {ascii(verb)[:80]}")
 
 
-async def acknowledge(pipeline: Pipeline, consumer: str, epoch: str, seq: int) -> dict[str, Any]:
-    """A consumer has everything up to a diff. Raises CommandError, TransientError."""
-
-    def note(file: SystemFile) -> None:
-        current, head = file.settings().epoch, file.head() or 0
-        if epoch != current:
-            raise CommandError(f"epoch {ascii(epoch)[:80]} is not that of {pipeline.name}, which is {current}")
-        if seq > head:
-            raise CommandError(f"snapshot {seq} does not exist yet: the head of {pipeline.name} is {head}")
-        before = next((row.seq for row in file.consumers() if row.name == consumer), 0)
-        file.set_consumer(consumer, max(before, seq), time.time_ns())
-
-    await pipeline.in_file(note)
-    await pipeline.refresh()
-    return {"partition": pipeline.name, "consumer": consumer, "epoch": epoch, "seq": seq}
-
-
 async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterator[Any]:
     """The position first, then lists of changes: from where a consumer is (or `from`) to the head, or the whole state.
 
@@ -258,6 +277,7 @@ async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterat
     if consumer is not None:
         check_consumer(consumer)
     given = None if document.get("from") is None else _seq(document, "from")
+    epoch = document.get("epoch")
     spool = Spool(f"export-{uuid.uuid4().hex}", chunk_limit())
 
     def begin(visit: Visit) -> tuple[dict[str, Any], Span | None]:
@@ -266,14 +286,16 @@ async def export(pipeline: Pipeline, document: Mapping[str, Any]) -> AsyncIterat
         if not rows:
             raise CommandError(f"{pipeline.name} has no snapshot yet; ask again when there is one")
         head, since = rows[-1], given
-        known = next((row.seq for row in file.consumers() if row.name == consumer), None)
-        if since is None:
-            since = known or None  # 0: registered, and nothing acknowledged yet
+        known = next((row for row in file.consumers() if row.name == consumer), None)
+        if since is None and known is not None and known.has:
+            since = known.seq
+        if epoch is not None and epoch != file.settings().epoch:
+            raise CommandError(f"epoch {ascii(epoch)[:80]} is over; {pipeline.name} has {file.settings().epoch}")
         whole = since is None or not leads(file, since, head.seq)
         if whole and given is not None:
             raise CommandError(f"the journal of {pipeline.name} does not lead from {given} to {head.seq} any more")
         if consumer is not None and known is None:
-            file.set_consumer(consumer, 0, time.time_ns())
+            register(file, ConsumerRow(consumer, head.seq, has=False, time_ns=time.time_ns()))
         if whole:
             spool.begin(visit)
         path = None if head.path is None else head.path.decode()
@@ -328,14 +350,6 @@ def leads(file: SystemFile, since: int, last: int) -> bool:
             break
         at = row.seq
     return at == last
-
-
-def _id_of(payload: bytes) -> str | None:
-    """The id of a command that is refused before it is looked at; None if it cannot be had cheaply."""
-    try:
-        return parse_command("state", payload).id
-    except CommandError as error:
-        return error.id
 
 
 def _text(document: dict[str, Any], key: str) -> str:

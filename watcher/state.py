@@ -22,10 +22,13 @@ class Last:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """What a consumer has by its own word, when it was heard of last, and what is being sent to it (`replay`, `baseline`)."""
+    """What a consumer has by its own word (None: nothing yet), when it was heard of last.
+
+    `sending`: what is being sent to it (`replay`, `baseline`).
+    """
 
     name: str
-    seq: int
+    seq: int | None
     time_ns: int
     sending: str | None = None
 
@@ -34,7 +37,7 @@ class Consumer:
         return {
             "consumer": self.name,
             "seq": self.seq,
-            "lag": max(0, (head or 0) - self.seq),
+            "lag": max(0, (head or 0) - (self.seq or 0)),
             "age_s": round(age),
             "holds": age < limits.hold_age,
             "sending": self.sending,

@@ -5,12 +5,14 @@ They run in the partition's own thread, which is also the only one that has its 
 
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from comparer.compare import baseline, compare
 from comparer.dirty import Dirty
+from comparer.errors import SnapfeedError
 from comparer.model import Change, FileType
 from feed.encode import encode_bytes
 from feed.pages import chunks
@@ -124,7 +126,7 @@ def take(
         with file.transaction():
             backend.expire(visit.root_fd, forgotten)
     if recorded:
-        bound_journal(file, order)
+        _bound_journal(file, order)
     read_after, written_after = thread_io()
     return Done(
         seq if recorded or head is None else head,
@@ -140,6 +142,14 @@ def take(
         file.backlog(),
         journal_of(file),
     )
+
+
+def _bound_journal(file: SystemFile, order: Order) -> None:
+    """`bound_journal`; what goes wrong costs disk space, not the snapshot, which is committed."""
+    try:
+        bound_journal(file, order)
+    except (SnapfeedError, OSError, sqlite3.Error, MemoryError) as error:
+        log.warning("the journal cannot be made smaller now: %s", ascii(str(error))[:300])
 
 
 def bound_journal(file: SystemFile, order: Order) -> None:

@@ -1,9 +1,11 @@
 -- Version 2: consumers; what the journal weighs; how far diffs may have been seen by somebody.
 
--- Consumers that asked for pages or acknowledged some: the diff they have, and when they last said anything.
+-- Consumers that asked for pages or acknowledged some: snapshots from `seq` on are kept for them; `has`: by their own word they
+-- have what is up to it (otherwise it was only promised to them); and when they last said anything.
 CREATE TABLE consumer (
   name TEXT PRIMARY KEY,
   seq INTEGER NOT NULL,
+  has INTEGER NOT NULL,
   time_ns INTEGER NOT NULL
 ) WITHOUT ROWID;
 
