@@ -16,7 +16,7 @@ from partitions import loop_device, partition, run, wait_until
 
 from watcher.cli import main
 
-COMMANDS = ["format", "init", "run", "snapshot", "status", "snapshots", "diff", "tail", "check-config"]
+COMMANDS = ["format", "init", "run", "snapshot", "status", "snapshots", "diff", "tail", "check-config", "remove-listed"]
 NOWHERE = ("--socket", "/nonexistent/control.sock")
 HOSTILE = [
     b"new\nline",

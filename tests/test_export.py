@@ -13,6 +13,7 @@ import pytest
 from daemon_process import CLI, ROOT, environment, snapfeed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from partitions import tmpfs
 from test_compare import operated
 from trees import Tree, attr
 
@@ -22,6 +23,7 @@ from comparer.model import Change, FileType, Ident, Name, Op
 from feed.around import Around
 from feed.encode import encode_change
 from feed.export import AROUND, Export, separated
+from feed.removal import Outcome, Removal
 
 EXAMPLES = int(os.environ.get("SNAPFEED_EXAMPLES", "150"))
 
@@ -405,3 +407,121 @@ def test_answers_that_say_too_little_are_an_error_and_write_nothing(fake, tmp_pa
     done = fake.run("export", "data", "--consumer", "c", "--output", tmp_path / "out", check=False)
     assert (done.returncode, "renamed directories" in done.stderr) == (1, True)
     assert not (tmp_path / "out").exists()
+
+
+# ---- removing what is listed
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A copy, and beside it what nobody may touch: the copy holds a link to it where a directory was."""
+    top, victim = tmp_path / "copy", tmp_path / "victim"
+    for directory in (top / "d/e", victim / "etc"):
+        directory.mkdir(parents=True)
+    (victim / "etc/passwd").write_text("precious")
+    for file in ("d/e/f", "d/g", "plain"):
+        (top / file).write_text(file)
+    (top / "x").symlink_to(victim)
+    (top / "d/inside").symlink_to(victim)
+    return top
+
+
+def listing(*paths):
+    return b"".join(path + b"\0" for path in paths)
+
+
+def remove_listed(top, *paths, arguments=(), data=None):
+    """(exit code, what is left, documents by path, stderr)"""
+    done = subprocess.run(
+        [*CLI, "remove-listed", *arguments, "--json", os.fspath(top), "-"],
+        input=listing(*paths) if data is None else data, cwd=ROOT, env=environment(), timeout=60, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    documents = {d["path"]: d for d in map(json.loads, done.stdout.splitlines())}
+    left = {os.path.relpath(os.path.join(at, n), top) for at, ds, fs in os.walk(top) for n in ds + fs}
+    return done.returncode, left, documents, done.stderr.decode()
+
+
+def test_nothing_behind_a_symbolic_link_is_removed(copy_of, tmp_path):
+    for _ in range(2):
+        code, left, told, said = remove_listed(copy_of, b"x/etc", b"x/etc/passwd", b"d/e/f")
+        assert (code, left) == (0, {"d", "d/e", "d/g", "d/inside", "plain", "x"})
+        assert {(p, told[p]["outcome"], told[p].get("at")) for p in ("x/etc", "x/etc/passwd")} == {
+            ("x/etc", "link", "x"), ("x/etc/passwd", "link", "x"),
+        }  # fmt: skip
+        assert "x/etc: left alone, x is a symbolic link\n" in said
+    assert (tmp_path / "victim/etc/passwd").read_text() == "precious"
+
+
+def test_a_listed_link_goes_and_not_what_it_points_to(copy_of, tmp_path):
+    code, left, told, _ = remove_listed(copy_of, b"x", b"d", b"never", b"plain/was/a/directory")
+    assert (code, left) == (0, {"plain"})
+    assert {path: document["outcome"] for path, document in told.items()} == {
+        "x": "removed", "d": "removed", "never": "gone", "plain/was/a/directory": "gone",
+    }  # fmt: skip
+    assert (tmp_path / "victim/etc/passwd").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        listing(b"plain", b"../victim"), listing(b"plain", b"d/../../victim"), listing(b"plain", b"/etc"), listing(b"plain", b""),
+        listing(b"plain", b"d//e"), listing(b"plain", b"d/"), listing(b"plain", b"."), listing(b"plain", b"./d"),
+        listing(b"plain", b".snapfeed/system.db"), listing(b"plain", b"y" * 256), b"plain\0d/e", b"plain",
+    ],
+)  # fmt: skip
+def test_a_list_that_leads_astray_or_is_cut_off_removes_nothing(copy_of, data):
+    before = remove_listed(copy_of, data=b"")[1]
+    code, left, told, said = remove_listed(copy_of, data=data)
+    assert (code, left, told) == (1, before, {})
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_dry_run_removes_nothing(copy_of):
+    before = remove_listed(copy_of, data=b"")[1]
+    (copy_of / "new\nline\x1b").mkdir()
+    (copy_of / "deleted").write_bytes(listing(b"new\nline\x1b", b"d", b"x/etc", b"never"))
+    done = snapfeed("remove-listed", "--dry-run", copy_of, copy_of / "deleted")
+    assert done.stdout == "$'new\\nline\\e'\nd\n"
+    assert "2 would be removed, 1 gone already, 1 behind a symbolic link" in done.stderr
+    assert remove_listed(copy_of, data=b"")[1] == {*before, "deleted", "new\nline\x1b"}
+    snapfeed("remove-listed", copy_of, copy_of / "deleted")
+    assert remove_listed(copy_of, data=b"")[1] == {"deleted", "plain", "x"}
+
+
+def test_no_depth_is_too_deep(tmp_path):
+    """Deeper than paths may be long, than descriptors may be open, than Python recurses; and broad on every level."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(3000):
+        for name in (b"deep", b"side"):
+            os.mkdir(name, dir_fd=fd)
+        os.close(os.open(b"file", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        below = os.open(b"deep", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    with Removal(os.fsencode(tmp_path)) as removal:
+        assert removal.remove(b"deep").outcome is Outcome.REMOVED
+    assert sorted(os.listdir(tmp_path)) == ["file", "side"]
+
+
+@pytest.mark.kernel
+def test_no_other_file_system_is_entered(tmp_path):
+    """Neither as what is listed, nor above it, nor below it; what else is listed goes."""
+    (tmp_path / "d").mkdir()
+    with tmpfs(tmp_path / "d") as mounted:
+        (mounted / "kept").mkdir()
+        (tmp_path / "other").touch()
+        code, left, told, said = remove_listed(tmp_path, b"d", b"d/tmpfs", b"d/tmpfs/kept", b"other")
+        assert (code, left) == (1, {"d", "d/tmpfs", "d/tmpfs/kept"})
+        assert {d["at"] for p, d in told.items() if p != "other"} == {"d/tmpfs"}
+        assert "3 could not be removed" in said
+        assert "another file system is mounted there" in said
+
+
+def test_a_copy_that_is_none(tmp_path):
+    for wrong in ((tmp_path / "none", "/dev/null"), ("/dev/null", "/dev/null"), (tmp_path, tmp_path / "none")):
+        done = snapfeed("remove-listed", *wrong, check=False)
+        assert done.returncode == 1
+        assert "give the" in done.stderr

@@ -3,11 +3,14 @@
 What they make is compared with the snapshot by the oracle, and what they looked at is counted by strace.
 """
 
+import io
 import os
 import re
 import stat
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import oracle
@@ -46,10 +49,11 @@ class World:
             (directory / name).write_text(text)
         command = directory / "bin/snapfeed"
         command.parent.mkdir()
-        # with a file `refused` beside it no `ack` succeeds
+        # with a file `refused` beside it no `ack` succeeds; a script `exchange` runs once, after an export
         command.write_text(f"""#!/bin/sh
 [ "$1" != ack ] || [ ! -e "$LIB/refused" ] || exit 1
-exec {sys.executable} -m watcher.cli "$@"
+{sys.executable} -m watcher.cli "$@" || exit
+[ "$1" != export ] || [ ! -e "$LIB/exchange" ] || {{ mv "$LIB/exchange" "$LIB/exchanged"; sh -e "$LIB/exchanged"; }}
 """)
         command.chmod(0o755)
         self.env = {
@@ -263,3 +267,192 @@ def check(world, tools):
         else:
             made = world.restored(script.replace(".sh", "-restore.sh"))
         same(comparable(made), state)
+
+
+# ---- a user of the source who exchanges a directory for a symbolic link, while a live tree is read
+
+
+def put(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def victim(tmp_path) -> Iterator[Path]:
+    """A directory outside of all; that nothing in it was written or removed is checked in the end."""
+    top = tmp_path / "victim"
+    for name in ("etc/passwd", "etc/f", "sub/kept"):
+        put(top / name, "precious")
+    before = oracle.walk(top)
+    yield top
+    assert (top / "etc/f").read_text() == "precious"
+    assert oracle.walk(top) == before
+
+
+def attacked(world, script: str, victim: Path) -> int:
+    """Run a script; between its export and its reading x becomes a link to the victim. Its exit code."""
+    x, away = world.top / "x", world.top / "x.away"
+    put(world.directory / "exchange", f"mv {x} {away}; ln -s {victim} {x}")
+    code = world.script(script, check=False).returncode
+    assert x.is_symlink()
+    x.unlink()
+    away.rename(x)
+    return code
+
+
+@pytest.mark.parametrize("world", ["xfs"], indirect=True)
+@pytest.mark.parametrize("script", ["rsync.sh", "borg.sh", "restic-increments.sh"])
+def test_a_directory_exchanged_for_a_link_leads_nowhere(world, victim, script):
+    """A run that is attacked has a link where the next lists know a directory: with paths behind it, to remove and to write."""
+    run("borg", "init", "--encryption=none", env=world.env)
+    run("restic", "init", env=world.env)
+
+    def made() -> Path:
+        return (
+            world.directory / "copy" if script == "rsync.sh" else world.restored(script.replace(".sh", "-restore.sh"))
+        )
+
+    x = world.top / "x"
+    put(x / "etc/f", "ours")
+    put(x / "sub/g", "ours")
+    assert attacked(world, script, victim) == 0
+    assert (made() / "x").readlink() == victim
+    run("rm", "-r", x / "etc")
+    put(x / "sub/g", "new")
+    put(x / "sub/h/i", "new")
+    said = world.script(script).stderr.decode()
+    copy = made()
+    if script == "rsync.sh":
+        assert "x/etc: left alone, x is a symbolic link" in said
+    assert (copy / "x").is_dir()
+    assert not (copy / "x").is_symlink()
+    assert ((copy / "x/sub/g").read_text(), (copy / "x/sub/h/i").read_text()) == ("new", "new")
+
+    put(x / "sub/g", "newer")  # the copy has a directory now, and the link comes
+    code = attacked(world, script, victim)
+    if script == "rsync.sh":  # it fails, and is done again
+        assert code == 23
+        assert b"unfinished" in world.script(script).stderr
+        assert (made() / "x/sub/g").read_text() == "newer"
+    else:
+        assert code == 0
+        made()
+
+
+class Chain:
+    """Archives as a race leaves them, which one cannot win at will: the restore scripts take them for runs of the recipes."""
+
+    def __init__(self, tool: str, directory: Path) -> None:
+        self.tool, self.directory, self.runs = tool, directory, 0
+        for name, text in SCRIPTS.items():
+            (directory / name).write_text(text)
+        self.consumer = {"borg": "borg", "restic": "increments"}[tool]
+        put(
+            directory / "bin/snapfeed", f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m watcher.cli "$@"\n'
+        ).chmod(0o755)
+        self.env = {
+            **os.environ, "PATH": f"{directory}/bin:{os.environ['PATH']}", "BORG_REPO": str(directory / "borg"),
+            "BORG_BASE_DIR": str(directory), "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
+            "RESTIC_REPOSITORY": str(directory / "restic"), "RESTIC_PASSWORD": "x", "XDG_CACHE_HOME": str(directory / "cache"),
+        }  # fmt: skip
+        run(tool, "init", *(["--encryption=none"] if tool == "borg" else []), env=self.env)
+
+    def add(self, deleted: list[str], members: list[tuple[str, str | None]]) -> None:
+        """One run. A member is a path with a link's target, or None: a directory if it ends with a slash, else a file."""
+        archive = self.directory / "members.tar"
+        with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+            for path, target in members:
+                member = tarfile.TarInfo(path.rstrip("/"))
+                member.mode = 0o755
+                if target is not None:
+                    member.type, member.linkname = tarfile.SYMTYPE, target
+                elif path.endswith("/"):
+                    member.type = tarfile.DIRTYPE
+                member.size = 3 if member.isreg() else 0
+                tar.addfile(member, io.BytesIO(b"new") if member.isreg() else None)
+        name = f"{self.consumer}-6f0c2b7e-98b1-4a53-8f6f-0f8f3a1f7a55-{self.runs or 'null'}-{self.runs + 1}"
+        self.runs += 1
+        gone = put(self.directory / "deleted", "".join(f"{path}\0" for path in deleted))
+        if self.tool == "borg":
+            run(
+                "borg",
+                "create",
+                "--stdin-name",
+                "deleted",
+                f"::{name}.deleted",
+                "-",
+                input=gone.read_bytes(),
+                env=self.env,
+            )
+            run("borg", "import-tar", f"::{name}", archive, env=self.env)
+            return
+        tags = ("--tag", f"{self.consumer},{name}")
+        run(
+            "restic",
+            "backup",
+            "--stdin",
+            "--stdin-filename",
+            "changed.tar",
+            *tags,
+            input=archive.read_bytes(),
+            env=self.env,
+        )
+        run(
+            "restic", "backup", "--tag", f"{self.consumer},{name},complete", "deleted", cwd=self.directory, env=self.env
+        )
+
+    def restore(self, given: str, top: Path) -> subprocess.CompletedProcess:
+        script = {"borg": "borg-restore.sh", "restic": "restic-increments-restore.sh"}[self.tool]
+        return run("bash", self.directory / script, given, check=False, cwd=top, env=self.env)
+
+
+@pytest.mark.parametrize("given", ["here", "."])
+@pytest.mark.parametrize("tool", ["borg", "restic"])
+def test_a_chain_with_links_where_directories_are_meant_is_restored_inside(tool, given, tmp_path, victim):
+    """Links of an earlier archive and of the same one, absolute and to one another, on the way to what is removed and written."""
+    for needed in (tool, "unshare", "jq"):
+        require(run("which", needed, check=False).returncode == 0, needed)
+    require(os.geteuid() == 0, "root")
+    chain = Chain(tool, tmp_path)
+    chain.add([], [("x", str(victim)), ("y", str(victim)), ("here", None), ("same/", None), ("z", "x")])
+    chain.add(["x/etc", "x/etc/passwd", "z/sub"], [("here", None)])
+    chain.add(
+        [],
+        [
+            ("same/l", str(victim)),
+            ("same/l/etc/", None),
+            ("same/l/etc/f", None),
+            ("same/m", "../y"),
+            ("same/m/etc/f", None),
+        ],
+    )
+    chain.add([], [("x/etc/f", None), ("x/sub/", None), ("z/etc/f", None), ("z/etc", str(victim)), ("y/etc/", None)])
+    chain.add(["here"], [("y/", None), ("y/etc/", None), ("y/etc/f", None), ("there", None)])
+    top = tmp_path / "restored/here"
+    top.mkdir(parents=True)
+    done = chain.restore(*(("here", top.parent) if given == "here" else (".", top)))
+    assert (done.returncode, b"something could not be restored" in done.stderr) == (1, True), done.stderr
+    assert b"x/etc: left alone, x is a symbolic link" in done.stderr
+    assert (top / "x").readlink() == victim
+    assert ((top / "y/etc/f").read_bytes(), (top / "there").exists(), (top / "here").exists()) == (b"new", True, False)
+
+
+@pytest.mark.parametrize("world", ["btrfs", "xfs"], indirect=True)
+def test_what_borg_could_not_store_is_not_acknowledged(world):
+    run("borg", "init", "--encryption=none", env=world.env)
+    put(world.top / "f", "f")
+    borg = run("which", "borg").stdout.decode().strip()
+    stands_in = put(
+        world.directory / "bin/borg",
+        f"""#!/bin/sh
+case "$*" in *--paths-from-stdin*) exit 2;; esac
+exec {borg} "$@"
+""",
+    )
+    stands_in.chmod(0o755)
+    assert world.script("borg.sh", check=False).returncode == 1
+    assert (world.directory / "work/borg/position.json").exists()
+    stands_in.unlink()
+    world.script("borg.sh")
+    assert (world.restored("borg-restore.sh") / "f").read_text() == "f"

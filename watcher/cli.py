@@ -9,7 +9,16 @@ from importlib.metadata import version
 
 from comparer.errors import OperatorError, SnapfeedError
 
-from . import command_ask, command_disk, command_export, command_replicate, command_run, command_tail, command_verify
+from . import (
+    command_ask,
+    command_disk,
+    command_export,
+    command_remove,
+    command_replicate,
+    command_run,
+    command_tail,
+    command_verify,
+)
 from .config import SOCKET
 from .pipeline import describe
 from .units import parse_duration, parse_size
@@ -123,6 +132,20 @@ def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--epoch", metavar="UUID", help="its `epoch`")
     made.add_argument("--position", metavar="FILE", help="its position.json; removed when the daemon has noted it")
     _add_socket(made)
+    _add_json(made)
+
+    made = command(
+        "remove-listed", command_remove.remove_listed,
+        "remove from a copy what an export's list says is gone, and never what is outside the copy",
+        "snapfeed remove-listed /backup/data /var/lib/backup/data/deleted",
+        "ssh backup.example snapfeed remove-listed /backup/data - < /var/lib/backup/data/deleted",
+        "snapfeed remove-listed --dry-run /backup/data deleted",
+    )  # fmt: skip
+    made.add_argument("directory", metavar="DIR", help="the copy: what the listed paths are relative to")
+    made.add_argument(
+        "list", metavar="LIST", help="`deleted` of an export: paths that end with a NUL; - is the standard input"
+    )
+    made.add_argument("--dry-run", action="store_true", help="print what would be removed, remove nothing")
     _add_json(made)
 
 
