@@ -5,6 +5,7 @@ It keeps nothing: retained messages and sessions end with the daemon. The journa
 
 import asyncio
 import errno
+import importlib.util
 import logging
 import socket
 from collections.abc import Iterator
@@ -16,6 +17,16 @@ _LOG = logging.getLogger("snapfeed.feed")
 DEFAULT_PORT = 1883
 _TRIES = 100
 _LISTENER = "default"
+MISSING = "the embedded broker needs the package amqtt"
+REMEDY = (
+    "install it beside snapfeed with `pip install -r requirements/broker.txt` (the extra `broker` of its source tree:"
+    " `pip install '.[broker]'`), or set [broker] url"
+)
+
+
+def installed() -> bool:
+    """Whether the embedded broker could be imported."""
+    return importlib.util.find_spec("amqtt") is not None
 
 
 class _Steady(dict[Any, Any]):
@@ -57,9 +68,7 @@ class EmbeddedBroker:
         try:
             from amqtt.broker import Broker  # noqa: PLC0415 -- an extra, and slow to import
         except ImportError as error:
-            raise OperatorError(
-                f"the embedded broker needs the package amqtt ({error}); pip install 'snapfeed[broker]', or set [broker] url"
-            ) from None
+            raise OperatorError(f"{MISSING} ({error}); {REMEDY}") from None
         # amqtt tells of every packet, and reports each client that leaves as an error with a traceback.
         for name in ("amqtt", "transitions"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -79,7 +79,10 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Request:
-    """What was asked, when we were at `since`. `target`: where its answer says that it leads; None: not answered yet."""
+    """What was asked, when we were at `since`. `target`: where its answer says that it leads; None: not answered yet.
+
+    `topic`: where pages were promised; None where none are to come. `heard`: some came, or there is a reason why not.
+    """
 
     id: str
     verb: str
@@ -87,6 +90,8 @@ class _Request:
     serial: int
     deadline: float
     target: Position | None = None
+    topic: str | None = None
+    heard: bool = False
 
 
 @dataclass(slots=True)
@@ -120,6 +125,14 @@ class _Stream:
     @property
     def name(self) -> str:
         return printable(f"{self.host}/{self.partition}".encode())
+
+
+def _promised(verb: str, data: Any) -> str | None:
+    """The topic, safe to print, on which an answer says that pages are to come; None if there are none."""
+    topic = data.get("topic") if isinstance(data, dict) else None
+    if not isinstance(topic, str) or (verb == "replay" and not data.get("diffs")):
+        return None
+    return printable(topic.encode(errors="replace")[:500])
 
 
 class Follower:
@@ -197,8 +210,10 @@ class Follower:
         """A page of `size` bytes came on `changes` (`live`) or on our replay topic."""
         envelope = page.envelope
         stream = self._streams[envelope.host, envelope.partition]
-        if stream.request is not None and stream.request.target is not None and not live:
-            stream.request.deadline = now + self._patience(self._timing.stall, stream)
+        if stream.request is not None and not live:
+            stream.request.heard = True
+            if stream.request.target is not None:
+                stream.request.deadline = now + self._patience(self._timing.stall, stream)
         collector = stream.live if live else stream.replayed
         if self._passed(stream, envelope.epoch, envelope.seq) or not collector.add(page, size):
             self.duplicates += 1
@@ -226,6 +241,7 @@ class Follower:
             return self._gap(stream, target[0], now)
         stream.current = target[0]
         stream.request.target = target
+        stream.request.topic = _promised(stream.request.verb, data)
         stream.request.deadline = now + self._patience(self._timing.stall, stream)
         return self._hand_on(stream, now)
 
@@ -257,6 +273,7 @@ class Follower:
             stream.failures = 0
             if stream.request is not None:
                 patience = self._timing.stall if stream.request.target else self._timing.answer
+                stream.request.heard = True  # what was granted ended with the daemon
                 stream.request.deadline = min(stream.request.deadline, soon + patience / 2)
             elif stream.wanted:
                 stream.retry_at = min(stream.retry_at, soon)
@@ -406,8 +423,17 @@ class Follower:
             stream.failures = 0
         stream.wanted = True
         self._back_off(stream, now)
-        if stream.failures == _QUIET_FAILURES and request is not None and request.target is None:
-            return self._complain(stream, f"{stream.name}: no answer to `{request.verb}`; is its daemon running?")
+        if request is None:
+            return []
+        if stream.failures == _QUIET_FAILURES and request.target is None:
+            may = f"may this login write request/{request.verb} and read response/{request.verb} (the broker's ACL)?"
+            return self._complain(
+                stream, f"{stream.name}: no answer to `{request.verb}`; is its daemon running, and {may}"
+            )
+        if request.topic is not None and not request.heard:
+            may = "may this login read it (the broker's ACL), is the consumer's name right?"
+            text = f"{stream.name}: `{request.verb}` was granted, but no page arrived on {request.topic}; {may}"
+            return self._complain(stream, text)
         return []
 
     def _refused(self, stream: _Stream, error: str, now: float) -> list[Action]:

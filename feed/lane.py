@@ -164,7 +164,9 @@ class Lane:
             if reason >= REFUSED:
                 seq, number = page.position
                 text = f"the broker refuses page {number} of diff {seq} on {self._topic} (reason {reason:#04x})"
-                return taken, _Refused(f"{text}; it is kept and tried again; check the broker's ACL and quotas")
+                host = self._topic.split("/")[-3]
+                acl = f"the broker's ACL and quotas; this host is {host} in topics ([broker] host)"
+                return taken, _Refused(f"{text}; it is kept and tried again; check {acl}")
             self.stats.acknowledged += 1
             taken = page.position
         return taken, None

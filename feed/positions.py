@@ -39,13 +39,19 @@ class MemoryPositions:
 class FilePositions:
     """One JSON file, written as a whole beside itself and renamed, each time. For one process at a time.
 
-    A missing file means: no positions yet. Raises OperatorError if it cannot be read or written, DamageError if it holds
-    something else.
+    A missing file means: no positions yet. Raises OperatorError if it cannot be read or written, at once where its directory
+    is none or cannot be written; DamageError if it holds something else.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._known = self._read()
+        directory = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
+            why = "cannot be written" if os.path.isdir(directory) else "is no directory"
+            raise OperatorError(
+                f"{path!r}: positions cannot be kept there: {directory!r} {why}; its directory must exist and be writable"
+            )
 
     def load(self, host: str, partition: str) -> tuple[str, int] | None:
         return self._known.get((host, partition))

@@ -1,12 +1,15 @@
 """The command `snapfeed` as a person meets it: what it refuses and how it says so, what it prints, its exit codes."""
 
+import argparse
 import contextlib
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +17,9 @@ import pytest
 from daemon_process import CLI, ROOT, adopt, daemon, environment, facts, snapfeed
 from partitions import loop_device, partition, run, wait_until
 
-from watcher.cli import main
+from watcher import command_ask
+from watcher.cli import build, main
+from watcher.missing import explained
 
 COMMANDS = ["format", "init", "run", "snapshot", "status", "snapshots", "diff", "tail", "check-config", "remove-listed"]
 NOWHERE = ("--socket", "/nonexistent/control.sock")
@@ -64,7 +69,23 @@ def test_help_and_version(capsys):
     done = snapfeed("--help")
     assert {line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")} >= set(COMMANDS)
     assert snapfeed("--version").stdout.split()[0] == "snapfeed"
-    for wrong in ([], ["nonsense"], ["snapshot", "--nonsense"], ["diff", "x", "one", "two"], ["format", "/dev/null"]):
+    assert "Exit codes: 0 done" in " ".join(done.stdout.split())
+    wrongly = (
+        [],
+        ["diff", "x", "3", "2"],
+        ["replicate", "/nonexistent"],
+        ["replicate", "/nonexistent", "--partition", "a b"],
+        ["tail", "a+/b"],
+        ["tail", "--consumer", "a b"],
+        ["thresholds", "x", "--io-threshold", "64"],
+    )
+    for wrong in (
+        *wrongly,
+        ["nonsense"],
+        ["snapshot", "--nonsense"],
+        ["diff", "x", "one", "two"],
+        ["format", "/dev/null"],
+    ):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2
@@ -85,6 +106,130 @@ def test_a_threshold_that_is_none(command, option, value, capsys):
     assert option in said
     assert repr(value) in said
     assert "such as" in said
+
+
+def _explained(parser):
+    """(command, argument) of what has no help text."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, made in action.choices.items():
+                yield from ((name, *missing) for missing in _explained(made))
+        elif not action.help:
+            yield (action.dest,)
+
+
+def test_every_argument_is_explained():
+    assert list(_explained(build())) == []
+
+
+def test_a_path_from_here_is_one_for_the_daemon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parse = build().parse_args
+    here = os.getcwd()
+    for given, meant in (
+        (".", here), ("..", os.path.dirname(here)), ("./a", f"{here}/a"), ("a/b/", f"{here}/a/b"), ("/x/", "/x"),
+        ("data", "data"), ("5d17b2a4-28a0-49c9-91cf-e747ce1b052c:256", "5d17b2a4-28a0-49c9-91cf-e747ce1b052c:256"),
+    ):  # fmt: skip
+        assert parse(["verify", given]).partition == meant
+        assert parse(["export", given]).partition == meant
+        assert parse(["snapshot", given, given]).partitions == [meant, meant]
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("orjson", "orjson"), ("paho", "paho-mqtt"), ("cachetools", "cachetools")]
+)
+def test_a_missing_package_is_named(module, package):
+    script = f"import sys; sys.modules[{module!r}] = None; sys.argv = ['snapfeed', 'status']; import watcher.cli"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        check=False,
+        timeout=20,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in (f"package {package} ", "requirements/run.txt", sys.executable))
+
+
+def test_what_is_no_package_is_a_bug_and_stays_a_traceback():
+    for name in ("watcher.nonsense", "os.nonsense", None):
+        with pytest.raises(ModuleNotFoundError):
+            explained(ModuleNotFoundError("x", name=name))
+
+
+def test_unmounted_comes_with_a_remedy(tmp_path):
+    path = os.fspath(tmp_path / "c.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b'{"id":"x","status":"error","error":"data: unmounted: not mounted","data":null}\n')
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        said = refused("snapshot", "data", "--socket", path)
+        thread.join()
+    assert "data: unmounted: not mounted; mount it" in said
+
+
+def test_the_configuration_is_doubted(tmp_path):
+    (tmp_path / "secret").write_text("x" * 16)
+    (tmp_path / "secret").chmod(0o644)
+    file = tmp_path / "c.toml"
+    file.write_text(f'[commands]\nsecret_file = "{tmp_path}/secret"\n[[partition]]\nmount = "/nonexistent"\n')
+    done = snapfeed("check-config", file)
+    assert "good" in done.stdout
+    assert all(
+        word in done.stderr for word in ("commands.secret_file", "chmod 600", "partition[1].mount", "/nonexistent")
+    )
+    (found,) = facts("check-config", file)
+    assert found["ok"] is True
+    assert len([text for text in found["warnings"] if "amqtt" not in text]) == 2
+    file.write_text("[nonsense]\n")
+    done = snapfeed("check-config", file, "--json", check=False)
+    assert done.returncode == 1
+    assert "nonsense" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] is False
+    assert "nonsense" in found["error"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_embedded_broker_is_missed_where_it_is_needed(there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("watcher.command_run.installed", lambda: there)
+    for text, needed in (("", True), ('[broker]\nurl = "mqtt://x"\n', False)):
+        (tmp_path / "c.toml").write_text(text)
+        assert main(["check-config", os.fspath(tmp_path / "c.toml")]) == 0
+        assert ("requirements/broker.txt" in capsys.readouterr().err) == (needed and not there)
+
+
+def test_status_has_a_line_for_each_consumer(capsys):
+    can = {"snapshots": "ficlone", "events": "fanotify", "meters": []}
+    part = {
+        "partition": "data", "state": "watching", "reason": None, "capabilities": can, "mount": "/data", "fs": "xfs", "uuid": "u",
+        "head": 9, "epoch": "e", "thresholds": {"io": 1 << 20, "time": 60.0}, "volume": 0, "progress": None,
+        "last": {"skipped": None, "seq": 9, "changes": 1, "seconds": 0.5, "trigger": "time"},
+        "consumers": [{"consumer": f"c{n}", "lag": n} for n in range(3)], "backlog": 1, "journal": {"bytes": 5},
+        "feed_error": None, "excluded": [], "notes": [],
+    }  # fmt: skip
+    broker = {"connected": True, "error": None, "embedded": False, "url": "mqtt://x"}
+    command_ask._show_status(
+        {"broker": broker, "version": "1", "host": "h", "since": 0, "resident": 1, "partitions": [part]}
+    )
+    lines = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(lines) if "consumers" in line)
+    assert [line.split() for line in lines[at : at + 3]] == [
+        ["consumers", "c0", "(0", "behind)"], ["c1", "(1", "behind)"], ["c2", "(2", "behind)"],
+    ]  # fmt: skip
+    assert any("1 change in" in line for line in lines)
+    assert any("1 diff to publish" in line for line in lines)
 
 
 def test_the_shipped_configuration_is_good():
@@ -148,7 +293,13 @@ def test_format(tmp_path):
         try:
             assert "yes" in refused("format", device, "--fs", "xfs")  # nobody to ask
             assert "--label" in refused("format", device, "--fs", "xfs", "--yes", "--label", "much too long a label")
-            assert "would format" in snapfeed("format", device, "--fs", "xfs", "--dry-run").stdout
+            assert "no label, not left mounted" in snapfeed("format", device, "--fs", "xfs", "--dry-run").stdout
+            plan = ["--label", "edge", "--mount", point, "--io-threshold", "5MiB", "--dry-run"]
+            said = snapfeed("format", device, "--fs", "xfs", *plan).stdout
+            for word in ("would format", "400 MiB", "'edge'", f"mounted at {point}", "5 MiB", "60 s"):
+                assert word in said
+            (found,) = facts("format", device, "--fs", "xfs", *plan)
+            assert (found["dry_run"], found["bytes"], found["label"]) == (True, 400 << 20, "edge")
             assert run("blkid", "-p", device, check=False).returncode == 2, "something was written"
 
             options = [
@@ -303,14 +454,16 @@ def test_what_is_printed(xfs, tmp_path):
         assert len(shown.splitlines()) == len(changes)
         assert "$'moved\\n" in shown
         assert running.facts("diff", label, str(last), str(last)) == []
+        empty = running.command("diff", label, str(last), str(last))
+        assert (empty.stdout, empty.stderr) == ("", f"no changes from snapshot {last} to {last}\n")
+        assert running.command("thresholds", label).stdout == f"{label}: io threshold 1 GiB, time threshold 60 min\n"
 
         # what is not there
         for ask in (lambda *a: refused(*a, env=running.env), lambda *a: refused(*a, *NOWHERE)):
-            for span in (("1", "99"), ("99", "1"), ("99", "99")):
+            for span in (("1", "99"), ("99", "100"), ("99", "99")):
                 said = ask("diff", xfs.path, *span)
                 assert "99" in said
                 assert f"1 to {last}" in said
-            assert "older" in ask("diff", xfs.path, str(last), "1")
         for command in (["snapshot", "nowhere"], ["snapshots", "nowhere"], ["diff", "nowhere", "1", "2"]):
             said = refused(*command, env=running.env)
             assert "'nowhere'" in said
@@ -349,6 +502,7 @@ def test_what_is_printed(xfs, tmp_path):
         assert label in shown
         assert "$'\\e[31mred'" in shown
         (line,) = (tmp_path / "tail.json").read_bytes().splitlines()
+        assert b'": ' not in line, "not compact"
         assert not set(line) & set(range(32))
         document = json.loads(line)
         assert (document["partition"], document["uuid"]) == (label, uuid)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparer.errors import OperatorError
-from watcher.config import KEEP, SOCKET, Config, PartitionConfig, load, parse, partition_name
+from watcher.config import KEEP, SOCKET, Config, PartitionConfig, doubts, load, parse, partition_name
 
 FULL = """
 [broker]
@@ -106,7 +106,9 @@ def test_the_shipped_file_says_the_defaults():
         ("[broker]\nurl = 'mqtts://x'\nca_file = '/nonexistent/ca'", ["broker.ca_file", "/nonexistent/ca", "readable"]),
         ("[broker]\nurl = 'mqtt://x'\nusername = 'a'\npassword_file = '/nonexistent/p'", ["password_file", "/nonexistent/p"]),
         ("[broker]\nurl = 'mqtts://x'\ncert_file = '/etc/passwd'", ["key_file", "together"]),
-        ("[broker", ["TOML"]),
+        ("[defaults]\nio_threshold = '64'", ["defaults.io_threshold", "'64'", "unit", "64MiB"]),
+        ("[[partition]]\nmount = '/x'\nio_threshold = 64", ["partition[1].io_threshold", "64 bytes", "unit"]),
+        ("[broker", ["TOML", "quotes", "etc/snapfeed.toml"]),
         ("[a]\n[a]", ["TOML"]),
     ],
 )  # fmt: skip
@@ -116,6 +118,7 @@ def test_an_error_says_where_and_what(text, words):
     said = str(error.value)
     assert said.startswith("/etc/x.toml: ")
     assert all(word in said for word in words), said
+    assert said.count("/nonexistent/p") <= 1
     assert "secret" not in said
 
 
@@ -170,6 +173,27 @@ def test_a_file_that_cannot_be_read(tmp_path):
         with pytest.raises(OperatorError, match="readable") as error:
             load(str(path))
         assert str(path) in str(error.value)
+
+
+def test_what_is_valid_and_odd(tmp_path):
+    for name in ("password", "key", "secret"):
+        (tmp_path / name).write_text("x" * 16)
+        (tmp_path / name).chmod(0o644)
+    file = tmp_path / "x.toml"
+    file.write_text(
+        f"[broker]\nusername='u'\npassword_file='{tmp_path}/password'\ncert_file='{tmp_path}/key'\nkey_file='{tmp_path}/key'\n"
+        f"[commands]\nsecret_file='{tmp_path}/secret'\n[[partition]]\nmount='{tmp_path}'\n[[partition]]\nmount='/nonexistent'\n"
+    )
+    odd = doubts(str(file))
+    assert [text.split(":")[0] for text in odd] == [
+        "broker.password_file", "broker.key_file", "commands.secret_file", "partition[2].mount",
+    ]  # fmt: skip
+    assert all("chmod 600" in text for text in odd[:3])
+    assert "/nonexistent" in odd[3]
+    for name in ("password", "key", "secret"):
+        (tmp_path / name).chmod(0o640)
+    assert len(doubts(str(file))) == 1
+    assert doubts(str(ROOT / "etc" / "snapfeed.toml")) == []
 
 
 @given(st.text(max_size=100), st.text(max_size=300))

@@ -340,6 +340,60 @@ def test_silence_is_asked_again_ever_slower_with_new_ids():
     assert world.now - since < 10
 
 
+def test_who_hears_no_answer_is_told_where_to_look():
+    world = World()
+    world.connect()
+    for _ in range(200):
+        world.pass_time(1)
+    (text,) = world.warned
+    assert all(word in text for word in ("daemon running", "request/baseline", "response/baseline", "ACL"))
+
+
+@pytest.mark.parametrize("verb", ["baseline", "replay"])
+def test_pages_that_were_granted_and_never_come_are_told_once(verb):
+    """What a broker does whose access list does not let this login read the topic: it takes the subscription, silently."""
+    world = World() if verb == "baseline" else settled()
+    if verb == "replay":
+        lose_one(world)
+    world.connect()
+    for _ in range(6):
+        drain(world, "requests", "answers")
+        world.topics["replay"].clear()
+        world.pass_time(TIMING.stall - 1)
+        assert len(world.warned) <= 1
+        for _ in range(30):
+            world.pass_time(10)
+            drain(world, "requests", "answers")
+            world.topics["replay"].clear()
+    assert {ask.verb for ask in world.asked[1 if verb == "replay" else 0 :]} == {verb}
+    (text,) = world.warned
+    assert all(word in text for word in (verb, "granted", f"snapfeed/{HOST}/{PARTITION}/replay/me", "ACL", "name"))
+
+
+@pytest.mark.parametrize(
+    "why", ["nothing is missing", "some came", "they came before the answer", "the daemon restarted"]
+)
+def test_pages_that_do_not_come_for_a_reason_are_not_told(why):
+    world = settled()
+    if why != "nothing is missing":
+        lose_one(world, 6)
+    world.connect()
+    drain(world, "requests")
+    if why == "they came before the answer":
+        world.arrive("replay")
+    drain(world, "answers")
+    if why == "some came":
+        world.arrive("replay")
+    if why == "the daemon restarted":
+        world.follower.online(HOST, world.now)
+    world.topics["replay"].clear()
+    asked = len(world.asked)
+    world.pass_time(TIMING.stall + 1)
+    world.pass_time(TIMING.cap)
+    assert (len(world.asked) > asked) == (why != "nothing is missing")
+    assert world.warned == []
+
+
 def test_a_replay_that_stops_midway_is_asked_for_again():
     world = settled()
     for _ in range(5):

@@ -13,6 +13,7 @@ import orjson
 import pytest
 from broker_processes import ROOT, eventually, mosquitto
 from daemon_process import CLI, environment
+from partitions import wait_until
 from scripted_daemon import HOST, PARTITION, Ledger, ScriptedDaemon
 
 from comparer.errors import DamageError, OperatorError
@@ -376,7 +377,7 @@ def test_a_file_that_holds_no_positions_is_not_overwritten(text, tmp_path):
 
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(OperatorError, match="directory"):
-        FilePositions(os.fspath(tmp_path / "no" / "p")).store("h", "p", "e", 1)
+        FilePositions(os.fspath(tmp_path / "no" / "p"))  # at once, not when the first diff has been shown
 
 
 # ---- snapfeed tail
@@ -447,19 +448,43 @@ def test_tail_shows_nothing_as_it_came(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("code", "arguments", "text"),
     [
-        (("--position", "x"), "--consumer"),
-        (("--consumer", "a b"), "no name"),
-        (("--consumer", "a", "snapfeed/#"), "follows"),
-        (("--config", "/nonexistent"), "/nonexistent"),
+        (2, ("--position", "x"), "--consumer"),
+        (2, ("--consumer", "a b"), "no name"),
+        (2, ("a+/b",), "no topic filter"),
+        (1, ("--consumer", "a", "snapfeed/#"), "follows"),
+        (1, ("--consumer", "a", "--position", "/nonexistent/p"), "/nonexistent"),
+        (1, ("--config", "/nonexistent"), "/nonexistent"),
     ],
 )
-def test_tail_called_wrongly(arguments, text, tmp_path):
+def test_tail_called_wrongly(code, arguments, text, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "watcher.cli", "tail", "--broker", "mqtt://127.0.0.1:1", *arguments],
         capture_output=True, text=True, timeout=30, cwd=ROOT, check=False, env=environment(XDG_STATE_HOME=str(tmp_path)),
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == code
     assert text in done.stderr
+    assert done.stdout == ""
+    assert "listening" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_tail_without_a_configuration_names_it_where_tls_fails(configured, tmp_path):
+    """A broker with a certificate of an authority of one's own."""
+    (tmp_path / "config.toml").write_text("")
+    with mosquitto(tmp_path, tls=True) as broker:
+        more = ["--config", str(tmp_path / "config.toml")] if configured else []
+        with (tmp_path / "said").open("wb") as file:
+            process = subprocess.Popen(
+                [*CLI, "tail", "--broker", broker.url, *more], stderr=file, stdout=file, cwd=ROOT, env=environment()
+            )
+        try:
+            wait_until(lambda: "CERTIFICATE" in (tmp_path / "said").read_text(), "the broker is not trusted", 20)
+        finally:
+            process.kill()
+            process.wait()
+    said = (tmp_path / "said").read_text()
+    assert "ca_file" in said
+    assert ("--config FILE" in said) != configured

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparer.errors import OperatorError
-from watcher.units import LARGEST, LONGEST, format_duration, format_size, parse_duration, parse_size
+from watcher.units import (
+    LARGEST,
+    LONGEST,
+    counted,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_size,
+    parse_threshold,
+)
 
 SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "KB": 10**3, "MB": 10**6, "K": 1 << 10}
 DURATIONS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -48,6 +57,24 @@ def test_every_size_unit_is_exact(number, unit):
 @given(st.integers(1, 366), st.sampled_from(sorted(DURATIONS)))
 def test_every_duration_unit(number, unit):
     assert math.isclose(parse_duration(f"{number}{unit}"), number * DURATIONS[unit])
+
+
+@pytest.mark.parametrize(("given_text", "size"), [("64MiB", 64 << 20), ("4KiB", 4096), (4096, 4096), ("4096", 4096)])
+def test_volumes(given_text, size):
+    assert parse_threshold(given_text) == size
+
+
+@pytest.mark.parametrize("given_text", ["64", 64, "4095", "1KiB", "64B"])
+def test_a_volume_without_its_unit_is_no_threshold(given_text):
+    with pytest.raises(OperatorError, match="unit") as error:
+        parse_threshold(given_text, "defaults.io_threshold")
+    assert str(error.value).startswith(f"defaults.io_threshold: {given_text!r} is ")
+    assert "64MiB" in str(error.value)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 changes"), (1, "1 change"), (2, "2 changes")])
+def test_counted(number, text):
+    assert counted(number, "change") == text
 
 
 @given(st.integers(1, 10**15 - 1))

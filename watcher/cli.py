@@ -9,26 +9,31 @@ from importlib.metadata import version
 
 from comparer.errors import OperatorError, SnapfeedError
 
-from . import (
-    command_ask,
-    command_disk,
-    command_export,
-    command_remove,
-    command_replicate,
-    command_run,
-    command_tail,
-    command_verify,
-)
-from .config import SOCKET
-from .pipeline import describe
-from .units import parse_duration, parse_size
+from .missing import explained
+from .units import parse_duration, parse_threshold
+
+try:
+    from . import (
+        command_ask,
+        command_disk,
+        command_export,
+        command_remove,
+        command_replicate,
+        command_run,
+        command_tail,
+        command_verify,
+    )
+    from .config import SOCKET
+    from .pipeline import describe
+except ModuleNotFoundError as _error:
+    sys.exit(explained(_error))
 
 Commands = Callable[[argparse.Namespace], int]
 
 
-def _size(text: str) -> int:
+def _volume(text: str) -> int:
     try:
-        return parse_size(text)
+        return parse_threshold(text)
     except OperatorError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -58,7 +63,7 @@ def _threshold(text: str) -> str:
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io-threshold",
-        type=_size,
+        type=_volume,
         default="64MiB",
         metavar="SIZE",
         help="written volume that asks for a snapshot (64MiB)",
@@ -85,16 +90,44 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 
 
-def _add_broker(parser: argparse.ArgumentParser) -> None:
+def _add_broker(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
-        "--broker", metavar="URL", help="mqtt://host[:port], or mqtts:// for TLS (a login goes into the configuration)"
+        "--broker",
+        metavar="URL",
+        help=f"mqtt://host[:port], or mqtts:// for TLS; a login goes into the configuration (default: {default})",
     )
 
 
-def _consumer(text: str) -> str:
+def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no consumer's name: 1 to 64 of A-Z a-z 0-9 _ -")
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a topic; write 1 to 64 of A-Z a-z 0-9 _ -")
     return text
+
+
+def _filter(text: str) -> str:
+    if not command_tail.valid_filter(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no topic filter; write one such as 'snapfeed/+/+/changes'")
+    return text
+
+
+def _partition(text: str) -> str:
+    """A name or UUID as it is; a path from here as the daemon, which is elsewhere, understands it."""
+    return os.path.abspath(text) if "/" in text or text in (".", "..") else text
+
+
+def _add_partition(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("partition", type=_partition, metavar="PARTITION", help="its name, mount point or UUID")
+
+
+def _wrong(options: argparse.Namespace) -> str | None:
+    """What is wrong with options that are right each for itself."""
+    if options.command == "diff" and options.first > options.last:
+        return f"A is the older snapshot; write `diff {options.partition} {options.last} {options.first}`"
+    if options.command == "tail" and options.position and not options.consumer:
+        return "--position: whose? Give --consumer NAME as well"
+    if options.command == "replicate" and not options.verify and options.partition is None:
+        return "--partition: give the partition's name in topics (`snapfeed status` shows it)"
+    return None
 
 
 def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -104,9 +137,9 @@ def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
         "snapfeed export /data --since 41 --changed --null | cpio --null -o > increment.cpio",
         "snapfeed export data --consumer nightly --json",
     )  # fmt: skip
-    made.add_argument("partition", metavar="PARTITION", help="name, mount point or UUID")
+    _add_partition(made)
     made.add_argument(
-        "--consumer", type=_consumer, metavar="NAME", help="since what NAME acknowledged; the snapshots are kept for it"
+        "--consumer", type=_name, metavar="NAME", help="since what NAME acknowledged; the snapshots are kept for it"
     )
     made.add_argument("--since", type=_number(0), metavar="SEQ", help="since this snapshot")
     made.add_argument("--baseline", action="store_true", help="everything, whatever was acknowledged")
@@ -126,8 +159,8 @@ def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
         "snapfeed ack data --consumer nightly --position /var/lib/backup/data/position.json",
         "snapfeed ack data --consumer nightly --seq 42 --epoch 6f0c2b7e-98b1-4a53-8f6f-0f8f3a1f7a55",
     )  # fmt: skip
-    made.add_argument("partition", metavar="PARTITION", help="name, mount point or UUID")
-    made.add_argument("--consumer", type=_consumer, required=True, metavar="NAME")
+    _add_partition(made)
+    made.add_argument("--consumer", type=_name, required=True, metavar="NAME", help="the export's --consumer")
     made.add_argument("--seq", type=_number(0), metavar="N", help="the export's `seq`")
     made.add_argument("--epoch", metavar="UUID", help="its `epoch`")
     made.add_argument("--position", metavar="FILE", help="its position.json; removed when the daemon has noted it")
@@ -153,7 +186,8 @@ def build() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="snapfeed",
         description="A change feed for ordinary Linux file systems: what changed, exactly, seconds after it did.",
-        epilog="Begin with `snapfeed init MOUNTPOINT`, then `snapfeed run`, then `snapfeed tail`.",
+        epilog="Begin with `snapfeed init MOUNTPOINT`, then `snapfeed run`, then `snapfeed tail`. Exit codes: 0 done,"
+        " 1 it went wrong (stderr says what, and what to do), 2 wrongly called.",
     )
     parser.add_argument("--version", action="version", version=f"snapfeed {version('snapfeed')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -166,7 +200,7 @@ def build() -> argparse.ArgumentParser:
             epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, parser=made)
         return made
 
     made = command(
@@ -176,7 +210,7 @@ def build() -> argparse.ArgumentParser:
         "snapfeed format /dev/sdb1 --fs xfs --dry-run      (say what it would do)",
     )  # fmt: skip
     made.add_argument("device", metavar="DEVICE", help="a block device that is not mounted")
-    made.add_argument("--fs", required=True, choices=("xfs", "btrfs"))
+    made.add_argument("--fs", required=True, choices=("xfs", "btrfs"), help="the file system to make, with reflink")
     _add_thresholds(made)
     made.add_argument("--label", help="the file system's label; also the partition's name in topics")
     made.add_argument("--mount", metavar="DIR", help="leave it mounted there")
@@ -190,7 +224,7 @@ def build() -> argparse.ArgumentParser:
         "snapfeed init /data", "snapfeed init /srv --io-threshold 1GiB --time-threshold 10min",
         "snapfeed init --directory ~/work      (one directory, without root)",
     )  # fmt: skip
-    made.add_argument("mountpoint", metavar="MOUNTPOINT")
+    made.add_argument("mountpoint", metavar="MOUNTPOINT", help="where the file system is mounted; or see --directory")
     _add_thresholds(made)
     made.add_argument("--directory", action="store_true", help="adopt just this directory, which is no mount point")
     _add_json(made)
@@ -200,18 +234,31 @@ def build() -> argparse.ArgumentParser:
         "snapfeed run", "snapfeed run /data /srv", "snapfeed run --config /etc/snapfeed.toml --broker mqtt://broker.lan",
     )  # fmt: skip
     made.add_argument(
-        "mountpoints", nargs="*", metavar="MOUNTPOINT", help="default: every adopted partition that is mounted"
+        "mountpoints",
+        nargs="*",
+        metavar="MOUNTPOINT",
+        help="an adopted partition (default: those of the configuration, else every one that is mounted)",
     )
-    made.add_argument("--config", metavar="FILE")
-    _add_broker(made)
+    made.add_argument(
+        "--config",
+        metavar="FILE",
+        help="the configuration (default: none, not even /etc/snapfeed.toml; every setting has a default)",
+    )
+    _add_broker(made, "the configuration's, else the embedded broker")
     made.add_argument("--socket", metavar="PATH", help="the control socket (SNAPFEED_SOCKET, else the config's)")
-    made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(info)")
 
     made = command(
         "snapshot", command_ask.snapshot, "take a snapshot now; returns when it is committed",
         "snapfeed snapshot", "snapfeed snapshot data --json", "snapfeed snapshot /data /srv",
     )  # fmt: skip
-    made.add_argument("partitions", nargs="*", metavar="PARTITION", help="name, mount point or UUID (default: all)")
+    made.add_argument(
+        "partitions",
+        nargs="*",
+        type=_partition,
+        metavar="PARTITION",
+        help="its name, mount point or UUID (default: all)",
+    )
     _add_socket(made)
     _add_json(made)
 
@@ -221,7 +268,7 @@ def build() -> argparse.ArgumentParser:
         "compare all metadata of a partition, instead of what events point at, and publish what differs",
         "snapfeed reconcile data",
     )
-    made.add_argument("partition", metavar="PARTITION", help="name, mount point or UUID")
+    _add_partition(made)
     _add_socket(made)
     _add_json(made)
 
@@ -232,9 +279,16 @@ def build() -> argparse.ArgumentParser:
         "snapfeed thresholds data",
         "snapfeed thresholds /data --io-threshold 1GiB --time-threshold 10min",
     )
-    made.add_argument("partition", metavar="PARTITION")
-    made.add_argument("--io-threshold", type=_size, metavar="SIZE")
-    made.add_argument("--time-threshold", type=_threshold, metavar="TIME")
+    _add_partition(made)
+    made.add_argument(
+        "--io-threshold", type=_volume, metavar="SIZE", help="the written volume that asks for a snapshot, from now on"
+    )
+    made.add_argument(
+        "--time-threshold",
+        type=_threshold,
+        metavar="TIME",
+        help="the time after which one is taken anyway, from now on",
+    )
     _add_socket(made)
     _add_json(made)
 
@@ -245,7 +299,7 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command("snapshots", command_ask.snapshots, "the snapshots a partition keeps", "snapfeed snapshots data")
-    made.add_argument("partition", metavar="PARTITION")
+    _add_partition(made)
     _add_socket(made)
     _add_json(made)
 
@@ -253,7 +307,7 @@ def build() -> argparse.ArgumentParser:
         "consumers", command_ask.consumers, "the consumers of a partition, and how far behind they are",
         "snapfeed consumers data", "snapfeed consumers data --forget restic      (it is gone for good: keep nothing for it)",
     )  # fmt: skip
-    made.add_argument("partition", metavar="PARTITION")
+    _add_partition(made)
     made.add_argument("--forget", metavar="NAME", help="forget a consumer, and keep nothing for it any more")
     _add_socket(made)
     _add_json(made)
@@ -262,17 +316,20 @@ def build() -> argparse.ArgumentParser:
         "diff", command_ask.diff, "the changes between two kept snapshots",
         "snapfeed diff data 41 42", "snapfeed diff /data 40 42 --json",
     )  # fmt: skip
-    made.add_argument("partition", metavar="PARTITION")
+    _add_partition(made)
     made.add_argument("first", metavar="A", type=_number(0), help="the older snapshot's number")
     made.add_argument("last", metavar="B", type=_number(0), help="the newer one's")
     _add_socket(made)
     _add_json(made)
 
     made = command(
-        "verify", command_verify.verify, "compare the last snapshot with everything that is there; exit 1 if they disagree",
-        "snapfeed verify data", "snapfeed verify /data --json",
-    )  # fmt: skip
-    made.add_argument("partition", metavar="PARTITION")
+        "verify",
+        command_verify.verify,
+        "take a snapshot, and compare it with everything that is there; exit 1 if they disagree",
+        "snapfeed verify data",
+        "snapfeed verify /data --json",
+    )
+    _add_partition(made)
     _add_socket(made)
     _add_json(made)
 
@@ -283,13 +340,15 @@ def build() -> argparse.ArgumentParser:
         "snapfeed tail", "snapfeed tail --broker mqtt://broker.lan 'snapfeed/edge7/+/changes'", "snapfeed tail --json",
         "snapfeed tail --config /etc/snapfeed.toml --consumer audit   (nothing is missed, also not while it does not run)",
     )  # fmt: skip
-    made.add_argument("filter", nargs="?", metavar="FILTER", help="topic filter (<base>/+/+/changes)")
+    made.add_argument("filter", nargs="?", type=_filter, metavar="FILTER", help="topic filter (<base>/+/+/changes)")
     made.add_argument("--config", metavar="FILE", help="take [broker] from there: address, login, certificates")
-    _add_broker(made)
+    _add_broker(made, "the configuration's, else that of the daemon here, else mqtt://127.0.0.1:1883")
     made.add_argument(
         "--consumer",
+        type=_name,
         metavar="NAME",
-        help="begin where this consumer stopped, with a baseline if it never ran; what is missing is asked for",
+        help="begin where this consumer stopped, with a baseline if it never ran; what is missing is asked for. With the"
+        " broker's access list as shipped (etc/mosquitto/acl) NAME must be the login's user name",
     )
     made.add_argument("--position", metavar="FILE", help="where that is kept (~/.local/state/snapfeed/tail-NAME.json)")
     _add_socket(made)
@@ -305,15 +364,21 @@ def build() -> argparse.ArgumentParser:
     made.add_argument(
         "destination", metavar="DEST", help="an empty directory, or the replica; all in it is the replica's"
     )
-    made.add_argument("--partition", metavar="P", help="the partition's name in topics")
-    made.add_argument("--host", metavar="H", help="the host's name in topics (the configuration's, else this host's)")
+    made.add_argument("--partition", type=_name, metavar="P", help="the partition's name in topics")
+    made.add_argument(
+        "--host", type=_name, metavar="H", help="the host's name in topics (the configuration's, else this host's)"
+    )
     made.add_argument(
         "--source", metavar="MOUNT", help="where the partition is mounted; without it no content is copied"
     )
     made.add_argument("--config", metavar="FILE", help="the [broker] of this configuration: login, TLS, base")
-    _add_broker(made)
+    _add_broker(made, "the configuration's, else mqtt://127.0.0.1:1883")
     made.add_argument(
-        "--consumer", metavar="NAME", help="what the daemon knows this replica by (made of host and DEST)"
+        "--consumer",
+        type=_name,
+        metavar="NAME",
+        help="what the daemon knows this replica by (made of host and DEST). With the broker's access list as shipped"
+        " (etc/mosquitto/acl) it must be the login's user name",
     )
     made.add_argument("--once", action="store_true", help="end when the partition's head is reached")
     made.add_argument("--verify", action="store_true", help="compare DEST with what it must be; exit 1 if it is not")
@@ -325,18 +390,27 @@ def build() -> argparse.ArgumentParser:
         "check a configuration file",
         "snapfeed check-config /etc/snapfeed.toml",
     )
-    made.add_argument("file", metavar="FILE")
+    made.add_argument("file", metavar="FILE", help="the configuration, such as /etc/snapfeed.toml")
     _add_json(made)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
-    options = build().parse_args(arguments)
+    try:
+        options = build().parse_args(arguments)
+    except ModuleNotFoundError as error:  # also that of snapfeed itself, which has its version
+        sys.exit(explained(error))
+    wrong = _wrong(options)
+    if wrong is not None:
+        options.parser.error(wrong)
     try:
         return int(options.run(options))
     except SnapfeedError as error:
         print(f"snapfeed {options.command}: {describe(error)}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(explained(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

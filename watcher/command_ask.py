@@ -19,7 +19,7 @@ from .control import NoDaemonError, ask
 from .render import change_line
 from .service import check_span, snapshot_row
 from .spans import squashed_pages
-from .units import format_duration, format_size
+from .units import counted, format_duration, format_size
 
 
 def _print(document: Any) -> None:
@@ -52,9 +52,8 @@ def _show_snapshot(data: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         _print(data)
     elif data["changes"]:
-        print(
-            f"{data['partition']}: snapshot {data['seq']}, {data['changes']} changes, {format_size(data['volume'])} written"
-        )
+        what = f"{counted(data['changes'], 'change')}, {format_size(data['volume'])} written"
+        print(f"{data['partition']}: snapshot {data['seq']}, {what}")
     else:
         print(f"{data['partition']}: nothing changed since snapshot {data['seq']}")
 
@@ -73,9 +72,8 @@ def thresholds(options: argparse.Namespace) -> int:
         if options.json:
             _print(data)
         else:
-            print(
-                f"{data['partition']}: {format_size(data['io_threshold'])}, {format_duration(data['time_threshold'])}"
-            )
+            size, seconds = format_size(data["io_threshold"]), format_duration(data["time_threshold"])
+            print(f"{data['partition']}: io threshold {size}, time threshold {seconds}")
     return 0
 
 
@@ -114,14 +112,15 @@ def _show_status(found: dict[str, Any]) -> None:
         if last is not None:
             what = (
                 last["skipped"]
-                or f"snapshot {last['seq']}, {last['changes']} changes in {last['seconds'] * 1000:.1f} ms"
+                or f"snapshot {last['seq']}, {counted(last['changes'], 'change')} in {last['seconds'] * 1000:.1f} ms"
             )
             print(f"  last       {last['trigger']}: {what}")
-        if p["consumers"]:
-            shown = [f"{c['consumer']} ({c['lag']} behind)" for c in p["consumers"]]
-            print(f"  consumers  {', '.join(shown)}")
+        for number, c in enumerate(p["consumers"]):
+            print(f"  {'' if number else 'consumers':<9}  {c['consumer']} ({c['lag']} behind)")
         if p["backlog"]:
-            print(f"  backlog    {p['backlog']} diffs to publish, journal {format_size(p['journal']['bytes'])}")
+            print(
+                f"  backlog    {counted(p['backlog'], 'diff')} to publish, journal {format_size(p['journal']['bytes'])}"
+            )
         if p["feed_error"]:
             print(f"  feed       {p['feed_error']}")
         if p["excluded"]:
@@ -138,7 +137,8 @@ def snapshots(options: argparse.Namespace) -> int:
             continue
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(row["time_ns"]) / 1e9))
         print(
-            f"{row['seq']:>8}  {when}  {row['trigger']:<9} {row['changes']:>9} changes  {format_size(row['volume']):>10} written"
+            f"{row['seq']:>8}  {when}  {row['trigger']:<9} {row['changes']:>9} change{' ' if row['changes'] == 1 else 's'}"
+            f"  {format_size(row['volume']):>10} written"
         )
     if not rows and not options.json:
         print("no snapshots yet")
@@ -167,12 +167,16 @@ def consumers(options: argparse.Namespace) -> int:
 
 def diff(options: argparse.Namespace) -> int:
     fields = {"partition": options.partition, "from": options.first, "to": options.last}
+    found = False
     for changes in _or_directly(options, "diff", **fields):
         for change in changes:
+            found = True
             if options.json:
                 _print(change)
             else:
                 print(change_line(decode_change(change)))
+    if not found:
+        print(f"no changes from snapshot {options.first} to {options.last}", file=sys.stderr)
     return 0
 
 

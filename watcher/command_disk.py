@@ -32,7 +32,7 @@ def format_device(options: argparse.Namespace) -> int:
         raise OperatorError(f"{options.device} holds {held}; nothing was changed; --force destroys it")
     what = f"{options.device}: {options.fs} with reflink" + (f", destroying {held}" if held else "")
     if options.dry_run:
-        print(f"would format {what}")
+        _say_plan(options, what, _bytes(device))
         return 0
     if not options.yes and not _confirmed(f"Format {what}?"):
         raise OperatorError("nothing was changed; answer `yes`, or give --yes")
@@ -55,6 +55,38 @@ def format_device(options: argparse.Namespace) -> int:
         os.rmdir(directory)  # never more than that: it may be mounted still
     _say(options, partition, settings, options.device)
     return 0
+
+
+def _bytes(device: str) -> int:
+    """The size of a block device. Raises OperatorError."""
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.lseek(descriptor, 0, os.SEEK_END)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OperatorError(f"{device}: {error.strerror}; run as root, and give a device that can be read") from error
+
+
+def _say_plan(options: argparse.Namespace, what: str, size: int) -> None:
+    if options.json:
+        facts = {
+            "dry_run": True,
+            "device": options.device,
+            "bytes": size,
+            "fs": options.fs,
+            "label": options.label,
+            "mount": options.mount,
+            "io_threshold": options.io_threshold,
+            "time_threshold": options.time_threshold,
+        }
+        print(orjson.dumps(facts).decode())
+        return
+    label = "no label" if options.label is None else f"label {options.label!r}"
+    mount = "not left mounted" if options.mount is None else f"mounted at {options.mount}"
+    limits = f"thresholds {format_size(options.io_threshold)}, {format_duration(options.time_threshold)}"
+    print(f"would format {what}; {format_size(size)}, {label}, {mount}, {limits}")
 
 
 def _confirmed(question: str) -> bool:

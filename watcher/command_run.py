@@ -11,10 +11,13 @@ from dataclasses import replace
 
 import orjson
 
+from comparer.errors import OperatorError
 from feed.broker import check
+from feed.embedded import MISSING, REMEDY, installed
 
-from .config import SOCKET, Config, load
+from .config import SOCKET, Config, doubts, load
 from .daemon import Daemon, Reload
+from .pipeline import describe
 
 
 def _adjusted(options: argparse.Namespace, config: Config) -> Config:
@@ -70,13 +73,25 @@ class _JournalHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def check_config(options: argparse.Namespace) -> int:
-    config = load(options.file)
+    """What is wrong is an error; what is odd is said on stderr, and the exit code is 0."""
+    try:
+        config = load(options.file)
+        odd = doubts(options.file)
+    except OperatorError as error:
+        if options.json:
+            print(orjson.dumps({"ok": False, "error": describe(error)}).decode())
+        raise
+    if config.broker is None and not installed():
+        odd.append(f"broker: no url, and {MISSING}, which is not installed; {REMEDY}")
+    for text in odd:
+        print(f"snapfeed check-config: {options.file}: {text}", file=sys.stderr)
     if options.json:
         facts = {
             "ok": True,
             "broker": config.broker.url if config.broker else None,
             "socket": config.socket,
             "partitions": [p.mount for p in config.partitions],
+            "warnings": odd,
         }
         print(orjson.dumps(facts).decode())
         return 0

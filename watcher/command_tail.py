@@ -13,7 +13,7 @@ from dataclasses import replace
 import orjson
 
 from comparer.errors import DamageError, OperatorError
-from feed.broker import NAME, BrokerConfig, check
+from feed.broker import BrokerConfig, check
 from feed.escape import printable
 from feed.positions import FilePositions
 from feed.subscriber import Damage, Diff, Gap, Subscriber
@@ -22,7 +22,7 @@ from .config import SOCKET, load
 from .control import NoDaemonError, ask
 from .render import change_line
 from .signer import signer
-from .units import format_size
+from .units import counted, format_size
 
 
 def _broker(options: argparse.Namespace) -> BrokerConfig:
@@ -44,16 +44,28 @@ def _broker(options: argparse.Namespace) -> BrokerConfig:
 
 
 def tail(options: argparse.Namespace) -> int:
-    if options.filter is not None and not valid_filter(options.filter):
-        raise OperatorError(f"FILTER: {options.filter!r} is no topic filter; write one such as 'snapfeed/+/+/changes'")
-    if options.position and not options.consumer:
-        raise OperatorError("--position: whose? Give --consumer NAME as well")
-    logging.basicConfig(format="snapfeed tail: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter(configured=options.config is not None))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         asyncio.run(_tail(_broker(options), options))
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+class Formatter(logging.Formatter):
+    """Who has given no configuration is told how to, where a message names what stands in one."""
+
+    def __init__(self, *, configured: bool) -> None:
+        super().__init__("snapfeed tail: %(message)s")
+        self._configured = configured
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self._configured and "[broker]" in text:
+            text += " (without --config FILE there is no login and no certificate of one's own)"
+        return text
 
 
 def valid_filter(text: str) -> bool:
@@ -65,8 +77,6 @@ def valid_filter(text: str) -> bool:
 
 def _position_file(consumer: str) -> str:
     """Where a consumer's position is kept if no file is given: ~/.local/state/snapfeed/tail-<consumer>.json."""
-    if not NAME.match(consumer):
-        raise OperatorError(f"--consumer: {consumer!r:.80} is no name; use 1 to 64 of A-Z a-z 0-9 _ -")
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     directory = os.path.join(state, "snapfeed")
     try:
@@ -130,13 +140,16 @@ def _show(diff: Diff, *, as_json: bool) -> None:
     if as_json:
         head = orjson.loads(envelope.head() + b"}")
         # ASCII: JSON leaves control characters beyond it as they are, and a terminal obeys them.
-        print(json.dumps({**head, "changes": diff.documents}).replace("\x7f", "\\u007f"), flush=True)
+        print(
+            json.dumps({**head, "changes": diff.documents}, separators=(",", ":")).replace("\x7f", "\\u007f"),
+            flush=True,
+        )
         return
     when = time.strftime("%H:%M:%S", time.localtime(envelope.time_ns / 1e9))
     kind = "baseline" if envelope.baseline else f"diff from {envelope.parent}"
     print(
         f"{when} {_safe(envelope.partition)} snapshot {envelope.seq} ({_safe(envelope.trigger)}, {kind}):"
-        f" {len(diff.documents)} changes, {format_size(envelope.volume)} written"
+        f" {counted(len(diff.documents), 'change')}, {format_size(envelope.volume)} written"
     )
     try:
         changes = diff.changes()

@@ -1,6 +1,7 @@
 """The configuration file: TOML, every key checked; what is wrong is an error that says where, and what is allowed."""
 
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from feed.broker import NAME, BrokerConfig, check, slug, topics
 from feed.signing import read_secret
 from snapshotter.retention import Limits
 
-from .units import parse_duration, parse_size
+from .units import parse_duration, parse_size, parse_threshold
 
 SOCKET = "/run/snapfeed/control.sock"
 STATE_DIR = "/var/lib/snapfeed"
@@ -120,7 +121,7 @@ _JOURNAL: Checks = {"age": parse_duration, "bytes": parse_size}
 _CONSUMERS: Checks = {"hold_snapshots": _count(0, 1_000_000), "hold_age": parse_duration}
 _COMMANDS: Checks = {"secret_file": _mount}
 _DEFAULTS: Checks = {
-    "io_threshold": parse_size,
+    "io_threshold": parse_threshold,
     "time_threshold": parse_duration,
     "keep": _count(2, 10_000),
     "reconcile": parse_duration,
@@ -130,7 +131,7 @@ _WATCH: Checks = {"exclude": _texts, "unlimited_queue": _flag}
 _PARTITION: Checks = {
     "mount": _mount,
     "name": _name,
-    "io_threshold": parse_size,
+    "io_threshold": parse_threshold,
     "time_threshold": parse_duration,
     "keep": _count(2, 10_000),
 }
@@ -159,7 +160,8 @@ def parse(text: str, name: str = "config") -> Config:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise OperatorError(f"{name}: not TOML: {error}") from error
+        remedy = "texts stand in quotes, a table is written [table]; etc/snapfeed.toml has every key, explained"
+        raise OperatorError(f"{name}: not TOML: {error}; {remedy}") from error
     try:
         return _parse(document)
     except OperatorError as error:
@@ -211,7 +213,10 @@ def broker_config(given: dict[str, Any]) -> BrokerConfig:
             with open(path, encoding="utf-8") as file:
                 fields["password"] = file.read().rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise OperatorError(f"broker.password_file: {path!r}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise OperatorError(
+                f"broker.password_file: {path!r}: {reason}; give the path of a readable file that holds the password"
+            ) from error
     for key in ("ca_file", "cert_file", "key_file"):
         if key in fields and not os.access(fields[key], os.R_OK):
             raise OperatorError(f"broker.{key}: {fields[key]!r} cannot be read; give the path of a readable file")
@@ -227,6 +232,26 @@ def load(path: str) -> Config:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise OperatorError(f"{path}: {reason}; give the path of a readable configuration file") from error
     return parse(text, path)
+
+
+def doubts(path: str) -> list[str]:
+    """What is odd about a configuration that is valid: secrets that everybody can read, mount points that are not there.
+
+    Raises OperatorError if it is not valid.
+    """
+    load(path)
+    with open(path, "rb") as file:
+        document = tomllib.load(file)
+    found = []
+    for table, key in (("broker", "password_file"), ("broker", "key_file"), ("commands", "secret_file")):
+        secret = document.get(table, {}).get(key)
+        if secret is not None and os.stat(secret).st_mode & stat.S_IROTH:
+            found.append(f"{table}.{key}: {secret!r} can be read by everybody on this machine; chmod 600 it")
+    for number, partition in enumerate(document.get("partition", []), 1):
+        mount = partition["mount"]
+        if not os.path.isdir(mount):
+            found.append(f"partition[{number}].mount: there is no directory {mount!r}; is the path right?")
+    return found
 
 
 def partition_name(configured: str | None, label: str | None, mount: str) -> str:

@@ -128,6 +128,13 @@ def _answers(path: str) -> bool:
         return True
 
 
+def _with_remedy(text: str) -> str:
+    """What a person can do about it, where the daemon, which also answers programs, does not say so."""
+    if text.endswith(": unmounted: not mounted"):
+        return f"{text}; mount it, and the daemon goes on with it by itself (`snapfeed status` shows its mount point)"
+    return text
+
+
 class NoDaemonError(OperatorError):
     """Nobody answers at the control socket."""
 
@@ -150,7 +157,7 @@ def ask(path: str, verb: str, timeout: float | None = None, **fields: Any) -> It
             for line in lines:
                 document = orjson.loads(line)
                 if document.get("error"):
-                    raise OperatorError(document["error"])
+                    raise OperatorError(_with_remedy(document["error"]))
                 if not document.get("more"):
                     if document.get("data") is not None:
                         yield document["data"]

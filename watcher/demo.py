@@ -25,7 +25,7 @@ from feed.model import TreeModel
 from feed.subscriber import Damage, Diff, Gap, Subscriber
 
 from .render import change_line
-from .units import format_size
+from .units import counted, format_size
 
 LIMIT = 110  # seconds for everything
 SHOWN = 5  # changes of each diff
@@ -178,8 +178,8 @@ class Demo:
         seen.changes += len(changes)
         seen.volume += envelope.volume
         say(
-            f"  <- {envelope.partition} snapshot {envelope.seq}, trigger {envelope.trigger}: {len(changes)} changes,"
-            f" {format_size(envelope.volume)} written"
+            f"  <- {envelope.partition} snapshot {envelope.seq}, trigger {envelope.trigger}:"
+            f" {counted(len(changes), 'change')}, {format_size(envelope.volume)} written"
         )
         for change in changes[:SHOWN]:
             say(f"       {change_line(change)[:140]}")

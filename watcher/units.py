@@ -21,6 +21,7 @@ _DURATION = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86
 _NUMBER = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*\Z")
 LARGEST = 1 << 53  # bytes: what JSON numbers hold exactly
 LONGEST = 366 * 86400.0
+LEAST_VOLUME = 4096  # bytes, one block
 
 
 def parse_size(text: str | int, where: str = "size") -> int:
@@ -32,6 +33,16 @@ def parse_size(text: str | int, where: str = "size") -> int:
             f"{where}: {text!r} is not a size; write a number with B, KiB, MiB, GiB or TiB, such as 64MiB (8192TiB at most)"
         )
     return int(match[1]) * factor if match[1].isdigit() else int(float(match[1]) * factor)
+
+
+def parse_threshold(text: str | int, where: str = "io_threshold") -> int:
+    """The size of a written volume: bytes, at least LEAST_VOLUME, as less is a forgotten unit. Raises OperatorError."""
+    size = parse_size(text, where)
+    if size < LEAST_VOLUME:
+        raise OperatorError(
+            f"{where}: {text!r} is {size} bytes, and less than 4KiB is none; write its unit as well, such as 64MiB"
+        )
+    return size
 
 
 def parse_duration(text: str | float, where: str = "duration") -> float:
@@ -58,3 +69,8 @@ def format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.4g} h"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 change`, `2 changes`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
