@@ -5,8 +5,9 @@ each partition, and no more than one is begun in `every` seconds; the latest pos
 second, as it takes 20 commands a second from everybody.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from feed.ask import Ask
 from feed.commands import RateLimit
@@ -54,12 +55,16 @@ class Acks:
         for ack in self._acks.values():
             self._drop(ack)
 
-    def answered(self, identifier: str, now: float, *, heard: bool = True) -> None:
-        """A daemon has answered, whatever it said (a refused position will not be better the next time); or none has heard."""
+    def answered(self, identifier: str, now: float, document: Mapping[str, Any] | None = None) -> None:
+        """A daemon has answered, or (None) none has heard.
+
+        A position that it will not have is no better the next time; what was refused for anything else, such as coming
+        too fast, is said again.
+        """
         ack = self._ids.get(identifier)
         if ack is None:
             return
-        if heard:
+        if document is not None and _decided(document):
             ack.told, ack.failures = ack.sent, 0
         else:
             self._failed(ack, now)
@@ -96,3 +101,9 @@ class Acks:
         if ack.id is not None:
             del self._ids[ack.id]
             ack.id = None
+
+
+def _decided(document: Mapping[str, Any]) -> bool:
+    """Whether an answer is about the position: it is known now, or the daemon says where the partition is instead."""
+    data = document.get("data")
+    return document.get("status") == "ok" or (isinstance(data, dict) and {"epoch", "seq"} <= data.keys())

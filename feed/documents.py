@@ -293,6 +293,14 @@ class AckData(TypedDict):
     seq: Count
 
 
+class PositionData(TypedDict):
+    """Why a position cannot be acknowledged: the partition's epoch is another, or it is not that far. Where it is."""
+
+    partition: Name
+    epoch: Epoch
+    seq: Count
+
+
 ExportData = TypedDict(
     "ExportData",
     {
@@ -335,5 +343,5 @@ ANSWERS: Mapping[str, Any] = {
     "ack": AckData,
     "thresholds": list[ThresholdsData],
 }
-REFUSALS: Mapping[str, Any] = {"replay": GapData}
+REFUSALS: Mapping[str, Any] = {"replay": GapData, "ack": PositionData}
 SEVERAL: Mapping[str, Any] = {"export": ExportData | list[ChangeDocument]}

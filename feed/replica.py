@@ -22,15 +22,17 @@ from comparer.errors import DamageError, OperatorError, TransientError
 from comparer.model import Attr, ByteRanges, FileType, Ident, Op, Quality
 from feed.escape import printable
 from feed.pages import Envelope
-from feed.replica_content import Copier, Kernel, ShortError, Source, Tally, closing
+from feed.replica_content import Copier, Kernel, ShortError, Source, Tally, check_kept, closing
 from feed.replica_plan import Described, Told, comparable, converged, emptied, read
 from feed.replica_state import Known, Pending, open_state
-from feed.replica_tree import AstrayError, Tree
+from feed.replica_tree import AstrayError, Tree, refusable
 from feed.replica_verify import ContentCheck, Disagreement, content, disagreements, shortcomings
 
 _REMEDIES = 2  # how often in one diff the directory is put right when something else lies in it
-_UNMAKEABLE = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL})
 _PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+_NAMES = "not all its names can be made here"  # how the flaw of an object begins that is here
+_UNLIKE = "it cannot be here as it is there"
+_NO_DIRECTORY = "the directory that it is in cannot be made here"
 T = TypeVar("T")
 
 
@@ -81,6 +83,7 @@ class Replica:
             self.state = open_state(self.tree.own_fd)
             undo.callback(self.state.close)
             # a machine that stopped under us may have lost what was written last; a killed process loses nothing
+            self._holes = self._has_holes()  # directories that could not be made here
             lost = self.state["open"] is not None and self.state["boot"] != boot_id
             with self.state.transaction(durable=True):
                 self.state["boot"], self.state["open"] = boot_id, 1
@@ -164,6 +167,8 @@ class Replica:
             raise OperatorError(
                 f"{printable(self.tree.top)} is a replica of {'/'.join(held)}, not of {'/'.join(told)}; give another directory"
             )
+        if envelope.snapshot is not None:
+            check_kept(envelope.snapshot.encode(), "snapshot")
 
     def _had(self, envelope: Envelope) -> bool:
         position = self.position
@@ -214,7 +219,8 @@ class Replica:
         return Applied(name, *done, tally.copied, tally.cloned, self.stale, self.flaws)
 
     def _settle(self, snapshot: str | None) -> None:
-        """The end of a diff: content that was not to be had before, directories' times, and all of it on the disk."""
+        """The end of a diff: what was not to be had or made before, directories' times, and all of it on the disk."""
+        self._retry_flawed()
         self._retry_stale(snapshot)
         self._dress_directories()
         self.kernel.sync(self.tree.root_fd)
@@ -270,48 +276,179 @@ class Replica:
             self.state["done"] = index + 1
 
     def _do(self, told: Told, known: Known | None) -> None:
-        change, path, old = told.change, told.change.path, told.change.from_path or b""
-        absent = known is not None and known.absent
-        match change.op:
-            case Op.CREATE:
-                self._create(change.ident, path, told.content)
+        change, path = told.change, told.change.path
+        if change.op is Op.CREATE:
+            self._make(change.ident, path, told.content)
+        elif change.op in {Op.UNLINK, Op.DELETE}:
+            self._clear(path)
+        if change.op is Op.CREATE or change.op is Op.DELETE or (known is not None and known.absent):
+            return  # what could not be made is tried again at the end of the diff
+        try:
+            self._name(told)
+            if change.after is None or not (change.op is Op.MODIFY or change.changed):
                 return
-            case Op.LINK if not absent:
-                self.tree.link(old, path)
-            case Op.RENAME if not absent:
-                self.tree.rename(old, path)
-            case Op.UNLINK | Op.DELETE:
-                self.tree.remove_at(path)
-            case _:
-                pass
-        if change.after is None or absent or not (change.op is Op.MODIFY or change.changed):
-            return
-        if change.type is FileType.DIR:
-            self.state.mark(change.ident, undressed=1)
-        elif told.writes:
-            self._rewrite(told, stale=known is not None and known.stale)
-        else:
-            self._dress(change.ident, path)
+            if change.type is FileType.DIR:
+                self.state.mark(change.ident, undressed=1)
+            elif told.writes:
+                self._rewrite(told, stale=known is not None and known.stale)
+            else:
+                self._dress(change.ident, self._paths(change.ident)[0])
+        except OSError as error:
+            if not refusable(error):
+                raise
+            self._give_up(told, f"{error.strerror}")
 
-    def _create(self, ident: Ident, path: bytes, kept: bytes | None) -> None:
-        """Make an object that the state knows already."""
+    def _name(self, told: Told) -> None:
+        """Give an object that is here the name that a change gives it. Raises OSError."""
+        change, path, old = told.change, told.change.path, told.change.from_path or b""
+        if change.op not in {Op.LINK, Op.RENAME}:
+            return
+        if self._is_nowhere(path):
+            raise OSError(errno.EOPNOTSUPP, _NO_DIRECTORY)
+        other = None if self._is_here(old) else self._other_name(change.ident, path)
+        if other is not None or change.op is Op.LINK:
+            self.tree.link(old if other is None else other, path)
+        else:
+            self.tree.rename(old, path)
+
+    # ---- what cannot be held here
+
+    def _make(self, ident: Ident, path: bytes, kept: bytes | None) -> bool:
+        """Make an object that the state knows already; False if it cannot be made here, which is a flaw of all that is in it."""
+        if self._is_nowhere(path):
+            self._lose(ident, _NO_DIRECTORY)
+            return False
         attr = self._attr(ident)
+        try:
+            self._create(ident, attr, path, kept)
+        except OSError as error:
+            special = attr.type not in {FileType.FILE, FileType.DIR}
+            if not refusable(error) and not (special and error.errno == errno.EACCES):
+                raise
+            self._clear(path)
+            self._lose(ident, f"this {attr.type.value} cannot be made here: {error.strerror}")
+            return False
+        return True
+
+    def _give_up(self, told: Told, why: str) -> None:
+        """A change that cannot be made here: of a file that is still here, it is said what differs; else all of it is lost."""
+        ident, old, paths = told.change.ident, told.change.from_path, self.state.paths(told.change.ident)
+        if told.change.op is Op.RENAME and old is not None and old not in paths:
+            self._clear(old)
+        here = [path for path in paths if self._is_here(path)]
+        if told.change.type is FileType.DIR or not here:
+            self._lose(ident, f"this {told.change.type.value} cannot be held here: {why}")
+            return
+        if told.writes:
+            self.state.mark(ident, stale=1)
+        self.state.mark(ident, flaw=f"{_NAMES if len(here) < len(paths) else _UNLIKE}: {why}")
+
+    def _lose(self, ident: Ident, why: str) -> None:
+        """Record that an object is not here, nor all that is in it; the directory is so already."""
+        inside: list[tuple[Ident, str]] = []
+        waiting = [(ident, why)]
+        while waiting:
+            one, flaw = waiting.pop()
+            inside.append((one, flaw))
+            if self._attr(one).type is FileType.DIR:
+                self._holes = True
+                self.state.mark(one, absent=1, flaw=flaw)
+                waiting += [(below, _NO_DIRECTORY) for _, below in self.state.children(one)]
+        for one, flaw in inside:  # now that it is known of every directory
+            if self._attr(one).type is FileType.DIR:
+                continue
+            if any(map(self._is_here, self.state.paths(one))):
+                self.state.mark(one, flaw=f"{_NAMES}: {flaw}")
+            else:
+                self.state.mark(one, absent=1, stale=0, flaw=flaw)
+
+    def _clear(self, path: bytes) -> None:
+        """Remove what has a name, if such a name can be here."""
+        if not self._is_nowhere(path):
+            self.tree.remove_at(path)
+
+    def _is_nowhere(self, path: bytes) -> bool:
+        """Whether the directory of a path could not be made here."""
+        if not path or not self._holes:
+            return False
+        ident = self.state.find(path.rpartition(b"/")[0])
+        parent = None if ident is None else self.state.known(ident)
+        return parent is not None and parent.absent
+
+    def _is_here(self, path: bytes) -> bool:
+        return not self._is_nowhere(path) and self.tree.look(path) is not None
+
+    def _paths(self, ident: Ident) -> list[bytes]:
+        """The paths of an object that is here, those first that it has here."""
+        paths = self.state.paths(ident)
+        return sorted(paths, key=lambda path: not self._is_here(path)) if self._lacks_names(ident) else paths
+
+    def _other_name(self, ident: Ident, path: bytes) -> bytes | None:
+        """Another name that an object has here which lacks some."""
+        others = [one for one in self._paths(ident) if one != path] if self._lacks_names(ident) else []
+        return others[0] if others and self._is_here(others[0]) else None
+
+    def _lacks_names(self, ident: Ident) -> bool:
+        return (self.state.flaw(ident) or "").startswith(_NAMES)
+
+    def _retry_flawed(self) -> None:
+        """What could not be made or named here before: perhaps it can be now. Directories before what is in them."""
+        lost = [(path, i) for i in self.state.idents("flaw IS NOT NULL AND absent") for path in self.state.paths(i)]
+        for path, ident in sorted(lost):
+            known = self.state.known(ident)
+            if known is not None and known.absent and not self._is_nowhere(path):
+                self._lacking = []
+                with self.state.transaction():
+                    if self._make(ident, path, known.content):
+                        self.state.mark(ident, absent=0)
+                        self._link_all(ident)
+        for ident, flaw in self.state.flaws():
+            if flaw.startswith((_NAMES, _UNLIKE)):
+                self._lacking = []
+                with self.state.transaction():
+                    self._link_all(ident)
+                    self._mend_attributes(ident, self._paths(ident)[0])
+        self._holes = self._has_holes()
+
+    def _has_holes(self) -> bool:
+        return self.state.count("flaw IS NOT NULL AND absent AND type = 'dir'") > 0
+
+    def _link_all(self, ident: Ident) -> None:
+        """Give an object that is here the names that it lacks here."""
+        first, *further = sorted(self.state.paths(ident), key=lambda path: not self._is_here(path))
+        why = self._linked(first, [path for path in further if not self._is_here(path)])
+        if why is not None or self._lacks_names(ident):
+            self.state.mark(ident, flaw=None if why is None else f"{_NAMES}: {why}")
+            self._dress(ident, first)
+
+    def _linked(self, first: bytes, further: Iterable[bytes]) -> str | None:
+        """Give an object further names; why not all, if some cannot be."""
+        why = None
+        for path in further:
+            if self._is_nowhere(path):
+                why = why or _NO_DIRECTORY
+                continue
+            try:
+                self.tree.link(first, path)
+            except OSError as error:
+                if not refusable(error):
+                    raise
+                why = f"{error.strerror}"
+        return why
+
+    # ---- objects
+
+    def _create(self, ident: Ident, attr: Attr, path: bytes, kept: bytes | None) -> None:
+        """Raises OSError: see `_make`."""
         if attr.type is FileType.DIR:
             self.tree.make_directory(path)
             self.state.mark(ident, undressed=1)
             return
         if attr.type is FileType.FILE:
-            had = self._fill(ident, attr, [kept], path)
+            had = self._fill(ident, attr, kept, [path])
             self.state.mark(ident, stale=int(not had))
         else:
-            try:
-                self.tree.new_other(attr)
-            except OSError as error:
-                if error.errno not in _UNMAKEABLE:
-                    raise
-                flaw = f"this {attr.type.value} cannot be made here: {error.strerror}"
-                self.state.mark(ident, absent=1, flaw=flaw)
-                return
+            self.tree.new_other(attr)
         self._bring(ident, attr, [path])
 
     def _attr(self, ident: Ident) -> Attr:
@@ -323,15 +460,27 @@ class Replica:
         self._flawed(ident, self.tree.dress(path, self._attr(ident)))
 
     def _flawed(self, ident: Ident, flaws: list[str]) -> None:
+        if (flaw := self.state.flaw(ident)) is not None and self._remains(ident, flaw):
+            return  # that is what must be known of it
         self.state.mark(ident, flaw="; ".join([*flaws, *self._lacking]) or None)
+
+    def _remains(self, ident: Ident, flaw: str) -> bool:
+        """Whether a flaw holds still that attributes have no part in."""
+        paths = self.state.paths(ident)
+        if flaw.startswith(_NAMES):
+            return not all(map(self._is_here, paths))
+        facts = self.tree.look(paths[0]) if flaw.startswith(_UNLIKE) and paths else None
+        return facts is not None and facts.st_size != self._attr(ident).size
 
     def _bring(self, ident: Ident, attr: Attr, paths: list[bytes]) -> None:
         """Give what was made in tmp its attributes, and then all its names."""
-        self._flawed(ident, self.tree.dress_new(attr))
+        flaws = self.tree.dress_new(attr)
         first, *further = paths
         self.tree.move_in(b"new", first)
-        for path in further:
-            self.tree.link(first, path)
+        why = self._linked(first, further)
+        if why is not None:
+            self.state.mark(ident, flaw=f"{_NAMES}: {why}")
+        self._flawed(ident, flaws)
         for name in self.state.names(ident):
             self.state.mark(name.parent, undressed=1)
 
@@ -351,19 +500,19 @@ class Replica:
 
     # ---- content
 
-    def _fill(self, ident: Ident, attr: Attr, kept: Iterable[bytes | None], live: bytes) -> bool:
-        """Make a file in tmp, with its content if that is to be had: of what snapshots kept, else of the live file."""
+    def _fill(self, ident: Ident, attr: Attr, kept: bytes | None, places: Iterable[bytes]) -> bool:
+        """Make a file in tmp, with its content if that is to be had: what is kept for it, else where it may be unchanged."""
         with self.tree.new_file() as new:
             if self.source is not None and attr.size:
-                for place in kept:
-                    with closing(self.source.kept(place, attr)) as found:
-                        if found is not None and self._copied(found, new, attr):
-                            return True
-                with closing(self.source.live(live, ident, attr)) as found:
+                with closing(self.source.kept(kept, attr)) as found:
                     if found is not None and self._copied(found, new, attr):
-                        if self.source.still(found, ident, attr):
-                            return True
-                        os.ftruncate(new, 0)
+                        return True
+                for place in places:
+                    with closing(self.source.live(place, ident, attr)) as found:
+                        if found is not None and self._copied(found, new, attr):
+                            if self.source.still(found, ident, attr):
+                                return True
+                            os.ftruncate(new, 0)
             os.ftruncate(new, attr.size)
         return not attr.size
 
@@ -383,12 +532,12 @@ class Replica:
     def _rewrite(self, told: Told, *, stale: bool) -> None:
         """Bring a file's content to that of the change: only what changed, if what is here is what it changed from."""
         ident, ranges = told.change.ident, told.change.ranges
-        attr, paths = self._attr(told.change.ident), self.state.paths(told.change.ident)
+        attr, paths = self._attr(told.change.ident), self._paths(told.change.ident)
         if not stale and ranges is not None and ranges.quality is not Quality.UNKNOWN and self.source is not None:
             with closing(self.source.kept(told.content, attr)) as found:
                 if found is not None and self._rewritten(found, told, paths, ranges):
                     return
-        had = self._fill(ident, attr, [told.content], told.change.path)
+        had = self._fill(ident, attr, told.content, [told.change.path])
         if not had and self._resized(paths[0], attr):
             self._dress(ident, paths[0])  # the old content stays until the new one is to be had
         else:
@@ -434,17 +583,26 @@ class Replica:
         return True
 
     def _retry_stale(self, snapshot: str | None) -> None:
-        """Content that was not to be had before: perhaps of this snapshot, or of the live file, which may have come to rest."""
+        """Content that was not to be had before: perhaps of this snapshot, or of the live file, which may have come to rest.
+
+        A snapshot's tree may be one that moves on with the next snapshot, so that its files count as the live ones do.
+        """
         if self.source is None:
             return
-        for ident in self.state.idents("stale"):
-            known, paths = self.state.known(ident), self.state.paths(ident)
+        for ident in self.state.idents("stale AND NOT absent"):
+            known, paths = self.state.known(ident), self._paths(ident)
             if known is None or not paths:
                 continue
-            kept = [known.content, None if snapshot is None else snapshot.encode() + b"/" + paths[0]]
+            places = [] if snapshot is None else [snapshot.encode() + b"/" + paths[0]]
             with self.state.transaction():
                 self._lacking = []
-                if self._fill(ident, known.attr, kept, paths[0]):
+                try:
+                    had = self._fill(ident, known.attr, known.content, [*places, paths[0]])
+                except OSError as error:
+                    if not refusable(error):
+                        raise
+                    continue  # its flaw says so
+                if had:
                     self._bring(ident, known.attr, paths)
                     self.state.mark(ident, stale=0)
 
@@ -452,7 +610,7 @@ class Replica:
         """Attributes of directories, whose times change with what is in them."""
         self._lacking = []
         with self.state.transaction():
-            for ident in self.state.idents("undressed"):
+            for ident in self.state.idents("undressed AND NOT absent"):
                 for path in self.state.paths(ident):
                     self._dress(ident, path)
                 self.state.mark(ident, undressed=0)
@@ -484,11 +642,14 @@ class Replica:
                 self.tree.remove_at(path)
             elif found.what == "attributes":
                 self._mend_attributes(ident, path)
-            elif found.other is not None:
-                self.tree.link(found.other, path)
+            elif (other := found.other or self._other_name(ident, path)) is not None:
+                why = self._linked(other, [path])
+                if why is not None:
+                    self._clear(path)
+                    self.state.mark(ident, flaw=f"{_NAMES}: {why}")
             else:
                 known = self.state.known(ident)
-                self._create(ident, path, None if known is None else known.content)
+                self._make(ident, path, None if known is None else known.content)
             directory = self.state.find(path.rpartition(b"/")[0])
             if path and directory is not None:
                 self.state.mark(directory, undressed=1)
@@ -498,11 +659,18 @@ class Replica:
         if attr.type is FileType.DIR:
             self.state.mark(ident, undressed=1)
         elif attr.type is FileType.SYMLINK:
-            self._create(ident, path, None)
+            self._make(ident, path, None)
         elif attr.type is FileType.FILE and facts is not None and facts.st_size != attr.size:
-            self._resized(path, attr)
             self.state.mark(ident, stale=int(attr.size > 0))
-            self._dress(ident, path)
+            try:
+                self._resized(path, attr)
+            except OSError as error:
+                if not refusable(error):
+                    raise
+                if not self._lacks_names(ident):
+                    self.state.mark(ident, flaw=f"{_UNLIKE}: {error.strerror}")
+            else:
+                self._dress(ident, path)
         else:
             self._dress(ident, path)
 

@@ -1,8 +1,10 @@
 """File content for a replica: where it is read from, and how little of it. Sparse stays sparse.
 
-The source is read below one directory only, component by component with O_NOFOLLOW, and only regular files. Two places can hold
-the content of a file as of a state: what the feed calls `content` (a snapshot's, it does not change), and the live file, which
-counts only if it is the same inode, and its size and times are those of that state both before and after the copying.
+The source is read below one directory only, component by component with O_NOFOLLOW, only regular files, and of its own file
+system only: nothing that is mounted below it. Two places can hold the content of a file as of a state: what the feed calls
+`content` (a snapshot's, below `.snapfeed`, it does not change), and any other place where the file may be (live, or in a tree of
+a later snapshot), which counts only if it is the same inode, and its size and times are those of that state both before and
+after the copying.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from comparer.errors import OperatorError
+from comparer.errors import DamageError, OperatorError
 from comparer.model import Attr, ByteRanges, Ident
 from feed.escape import printable
 from feed.replica_tree import SYSTEM, parts, read_xattrs
@@ -45,6 +47,15 @@ class Tally:
     cloned: int = 0
 
 
+def check_kept(path: bytes, what: str) -> None:
+    """Raises DamageError, naming it, for a path that cannot be a snapshot's: see `parts`, and what is not below `.snapfeed`."""
+    found = parts(path, what)
+    if len(found) < 2 or found[0] != SYSTEM:
+        raise DamageError(
+            f"{what} {printable(path)}: it is not below {SYSTEM.decode()}, where snapshots are; nothing was written"
+        )
+
+
 class Source:
     """The partition that a replica is of. Raises OperatorError if the directory is none."""
 
@@ -63,6 +74,14 @@ class Source:
         except OSError as error:
             raise OperatorError(
                 f"--source {printable(top)}: {error.strerror}; give the partition's mount point"
+            ) from error
+        self._dev = os.fstat(self.fd).st_dev
+        try:
+            self._mount = _mount_id(self.fd)
+        except OSError as error:
+            os.close(self.fd)
+            raise OperatorError(
+                f"--source {printable(top)}: its mount is not to be known from /proc/self/fdinfo ({error.strerror}); mount /proc"
             ) from error
 
     def close(self) -> None:
@@ -108,22 +127,37 @@ class Source:
         finally:
             if fd != self.fd:
                 os.close(fd)
-        if stat.S_ISREG(os.fstat(opened).st_mode):
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            self.trouble = f"{printable(path)} is no regular file of the source"
+        elif not self._ours(opened, kept=names[0] == SYSTEM):
+            self.trouble = f"{printable(path)} of the source is of another file system, which is mounted below it"
+        else:
             return opened
         os.close(opened)
         return None
 
+    def _ours(self, fd: int, *, kept: bool) -> bool:
+        """Whether an object below the source is of its own file system.
+
+        A mount below it has another mount id, also a bind mount of the same file system. A subvolume of btrfs has the mount id of
+        what it lies in, but a device number of its own: snapshots, below `.snapfeed`, are such; elsewhere it is another tree.
+        """
+        return _mount_id(fd) == self._mount and (kept or os.fstat(fd).st_dev == self._dev)
+
     def kept(self, path: bytes | None, attr: Attr) -> int | None:
         """A snapshot's file, if it is there and has the size it must have."""
-        fd = None if path is None else self.open(path)
+        if path is None:
+            return None
+        check_kept(path, "content")
+        fd = self.open(path)
         if fd is not None and os.fstat(fd).st_size != attr.size:
-            self.trouble = f"{printable(path or b'')} of the source is of another size"
+            self.trouble = f"{printable(path)} of the source is of another size"
             os.close(fd)
             return None
         return fd
 
     def live(self, path: bytes, ident: Ident, attr: Attr) -> int | None:
-        """The live file, if it is still what the feed said of it."""
+        """The live file, or that of any tree which moves on, if it is still what the feed said of it."""
         fd = self.open(path)
         if fd is not None and not same(fd, ident, attr):
             self.trouble = f"{printable(path)} of the source has changed since"
@@ -150,13 +184,22 @@ class Source:
             it = os.open(names[-1] if names else b".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             os.close(fd)
             fd = it
-            before = same(fd, ident, attr, size=False)
+            before = self._ours(fd, kept=False) and same(fd, ident, attr, size=False)
             found = read_xattrs(b"/proc/self/fd/%d" % fd)
             return found if before and same(fd, ident, attr, size=False) else None
         except OSError:
             return None
         finally:
             os.close(fd)
+
+
+def _mount_id(fd: int) -> bytes:
+    """Which mount an open object was reached by: proc(5), fdinfo. Raises OSError: EOPNOTSUPP, ENOENT without /proc."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"mnt_id:"):
+                return line
+    raise OSError(errno.EOPNOTSUPP, "the kernel does not tell the mount of an open file")
 
 
 def same(fd: int, ident: Ident, attr: Attr, *, size: bool = True) -> bool:

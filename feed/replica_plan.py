@@ -9,7 +9,8 @@ from comparer.errors import DamageError
 from comparer.model import UNKNOWN_RANGES, Attr, ByteRanges, Change, FileType, Ident, Name, Op, View
 from feed.encode import decode_change, decode_name, encode_change
 from feed.escape import printable
-from feed.replica_tree import check_path, parts
+from feed.replica_content import check_kept
+from feed.replica_tree import check_path
 
 _LARGEST = (1 << 63) - 1
 _MOST_IDS = 1 << 32
@@ -47,8 +48,8 @@ def read(document: Mapping[str, Any]) -> Told:
     check_path(change.path)
     if change.from_path is not None:
         check_path(change.from_path)
-    if content is not None and not parts(content, "content"):
-        raise DamageError(f"content of {printable(change.path)}: it is empty")
+    if content is not None:
+        check_kept(content, "content")
     for attr in (change.before, change.after):
         if attr is not None:
             _check_attr(change, attr)

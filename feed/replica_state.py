@@ -238,6 +238,10 @@ class ReplicaState:
     def count(self, where: str = "1") -> int:
         return int(self.db.execute(f"SELECT count(*) FROM object WHERE {where}").fetchone()[0])  # noqa: S608 - ours
 
+    def flaw(self, ident: Ident) -> str | None:
+        row = self.db.execute("SELECT flaw FROM object WHERE id = ?", (str(ident),)).fetchone()
+        return None if row is None else row[0]
+
     def flaws(self) -> list[tuple[Ident, str]]:
         rows = self.db.execute("SELECT id, flaw FROM object WHERE flaw IS NOT NULL").fetchall()
         return [(parse(ident), flaw) for ident, flaw in rows]

@@ -24,12 +24,32 @@ _MODES = {
     FileType.FIFO: stat.S_IFIFO, FileType.SOCKET: stat.S_IFSOCK, FileType.CHAR: stat.S_IFCHR, FileType.BLOCK: stat.S_IFBLK,
 }  # fmt: skip
 _HARMLESS = frozenset(
-    {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSPC, errno.E2BIG, errno.EINVAL, errno.ERANGE}
+    {
+        errno.EPERM,
+        errno.EACCES,
+        errno.EOPNOTSUPP,
+        errno.ENOSPC,
+        errno.E2BIG,
+        errno.EINVAL,
+        errno.ERANGE,
+        errno.EOVERFLOW,
+    }
 )
+_REFUSES = frozenset({
+    errno.EFBIG, errno.EMLINK, errno.ENAMETOOLONG, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL, errno.EILSEQ, errno.EOVERFLOW,
+})  # fmt: skip
+_NO_NAME = frozenset(
+    {errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+)  # nothing can have it, or nothing has
 
 
 class AstrayError(Exception):
     """The directory is not as the replica left it: something else lies where one of its directories must be."""
+
+
+def refusable(error: OSError) -> bool:
+    """Whether a file system says by an error that it cannot hold one object (or name of one) as it is, whenever it is tried."""
+    return error.errno in _REFUSES
 
 
 def parts(path: bytes, what: str = "path") -> list[bytes]:
@@ -84,6 +104,10 @@ class Tree:
             pass
         except OSError as error:
             raise OperatorError(f"{printable(self.top)}/{OWN.decode()}: {error.strerror}; remove it") from error
+        if SYSTEM in map(os.fsencode, os.listdir(self.root_fd)):
+            raise OperatorError(
+                f"{printable(self.top)} is the root of an adopted partition ({SYSTEM.decode()} is in it); give one below it"
+            )
         # an ext4 that was just made holds an empty lost+found, which is nobody's data
         if any(name != "lost+found" or self._filled(b"lost+found") for name in os.listdir(self.root_fd)):
             raise OperatorError(
@@ -150,19 +174,22 @@ class Tree:
         return self.directory(directory), name
 
     def entries(self, path: bytes) -> list[bytes]:
-        """The names in a directory, the replica's own left out."""
+        """The names in a directory, the replica's own left out, and that of a feed of this directory, once it is adopted."""
         fd = os.open(b".", os.O_RDONLY | _DIRECTORY, dir_fd=self.directory(path))
         try:
-            return sorted(name for name in map(os.fsencode, os.listdir(fd)) if path or name != OWN)
+            return sorted(name for name in map(os.fsencode, os.listdir(fd)) if path or name not in {OWN, SYSTEM})
         finally:
             os.close(fd)
 
     def look(self, path: bytes) -> os.stat_result | None:
+        """None if nothing has that name, nor perhaps could have it here."""
         fd, name = self.place(path)
         try:
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
+        except OSError as error:
+            if error.errno in _NO_NAME:
+                return None
+            raise
 
     # ---- names
 
@@ -195,10 +222,12 @@ class Tree:
             os.link(name, b"link", src_dir_fd=fd, dst_dir_fd=self.tmp_fd, follow_symlinks=False)
         except FileNotFoundError:
             raise AstrayError(f"{printable(old)}: it is not there") from None
-        self.move_in(b"link", new)
-        # renaming one name of an object over another does nothing at all: rename(2)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(b"link", dir_fd=self.tmp_fd)
+        try:
+            self.move_in(b"link", new)
+        finally:
+            # it may be refused; and renaming one name of an object over another does nothing at all: rename(2)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(b"link", dir_fd=self.tmp_fd)
 
     def rename(self, old: bytes, new: bytes) -> None:
         """Raises AstrayError if neither of the two names is there."""
@@ -221,7 +250,11 @@ class Tree:
     def remove_at(self, path: bytes) -> None:
         """Remove what has a name, if anything has."""
         fd, name = self.place(path)
-        self.remove(fd, name)
+        try:
+            self.remove(fd, name)
+        except OSError as error:
+            if error.errno not in _NO_NAME:
+                raise
 
     def remove(self, fd: int, name: bytes) -> None:
         """Remove a name and all that is in it. A directory's own are moved to tmp one by one, so that no depth is too deep."""
@@ -331,13 +364,16 @@ class Tree:
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
             raise AstrayError(f"{printable(name)}: it is not there") from None
+        flaws: list[str] = []
         if self.root and (found.st_uid, found.st_gid) != (attr.uid, attr.gid):
-            os.chown(name, attr.uid, attr.gid, dir_fd=fd, follow_symlinks=False)  # takes setuid and capabilities away
+            # takes setuid and capabilities away
+            owner = partial(os.chown, name, attr.uid, attr.gid, dir_fd=fd, follow_symlinks=False)
+            flaws += _tried("owner", owner)
         if attr.type is not FileType.SYMLINK:
-            self._chmod(fd, name, self.mode(attr))
-        flaws = self._dress_xattrs(b"/proc/self/fd/%d/%b" % (fd, name), attr)
-        os.utime(name, ns=(found.st_atime_ns, attr.mtime_ns), dir_fd=fd, follow_symlinks=False)
-        return flaws
+            flaws += _tried("mode", partial(self._chmod, fd, name, self.mode(attr)))
+        flaws += self._dress_xattrs(b"/proc/self/fd/%d/%b" % (fd, name), attr)
+        times = (found.st_atime_ns, attr.mtime_ns)
+        return flaws + _tried("mtime", partial(os.utime, name, ns=times, dir_fd=fd, follow_symlinks=False))
 
     def _chmod(self, fd: int, name: bytes, mode: int) -> None:
         """By a descriptor that opens nothing: fchmodat() follows symbolic links."""
@@ -359,20 +395,24 @@ class Tree:
         present = read_xattrs(path)
         for key in present:
             if key not in wanted and key not in LABELS:
-                flaws += _tried(key, partial(os.removexattr, path, key, follow_symlinks=False))
+                flaws += _tried(_attribute(key), partial(os.removexattr, path, key, follow_symlinks=False))
         for key, value in wanted.items():
             if present.get(key) != value:
-                flaws += _tried(key, partial(os.setxattr, path, key, value, follow_symlinks=False))
+                flaws += _tried(_attribute(key), partial(os.setxattr, path, key, value, follow_symlinks=False))
         return flaws
 
 
-def _tried(key: bytes, action: Callable[[], None]) -> list[str]:
+def _attribute(key: bytes) -> str:
+    return f"extended attribute {printable(key)}"
+
+
+def _tried(what: str, action: Callable[[], None]) -> list[str]:
     try:
         action()
     except OSError as error:
         if error.errno not in _HARMLESS:
             raise
-        return [f"extended attribute {printable(key)}: {error.strerror}"]
+        return [f"{what}: {error.strerror}"]
     return []
 
 

@@ -1,5 +1,6 @@
 """A replica's directory against what the replica knows: a walk of both, and content against the source, byte by byte."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from comparer.model import Attr, FileType, Ident, file_type
 from feed.escape import printable
 from feed.replica_content import Source, closing
 from feed.replica_state import ReplicaState
-from feed.replica_tree import LABELS, Tree
+from feed.replica_tree import LABELS, AstrayError, Tree
 
 _CHUNK = 1 << 20
 
@@ -118,23 +119,33 @@ class ContentCheck:
 
 def content(tree: Tree, state: ReplicaState, source: Source, check: ContentCheck) -> Iterator[Disagreement]:
     """The content of every file that is not stale, with the snapshot's or, if that has expired, with the unchanged live file."""
-    for ident in state.idents("type = 'file' AND NOT stale AND size > 0"):
+    for ident in state.idents("type = 'file' AND NOT stale AND NOT absent AND size > 0"):
         known = state.known(ident)
-        path = min(state.paths(ident), default=None)
-        if known is None or path is None:
+        paths = state.paths(ident)
+        if known is None or not paths:
             continue
+        path = paths[0]
         fd = source.kept(known.content, known.attr)
         with closing(source.live(path, ident, known.attr) if fd is None else fd) as there:
             if there is None:
                 check.unknown += 1
                 continue
-            with closing(tree.open_file(path, os.O_RDONLY)) as here:
+            with closing(_opened(tree, paths)) as here:
                 if here is None:
                     continue  # told as missing
                 check.files += 1
                 offset = _first_difference(here, there, check)
             if offset is not None:
                 yield Disagreement("content", path, f"differs from the source at byte {offset}", ident)
+
+
+def _opened(tree: Tree, paths: list[bytes]) -> int | None:
+    """A file by the first of its names that leads to one here."""
+    for path in paths:
+        with contextlib.suppress(AstrayError, OSError):
+            if (fd := tree.open_file(path, os.O_RDONLY)) is not None:
+                return fd
+    return None
 
 
 def _first_difference(here: int, there: int, check: ContentCheck) -> int | None:

@@ -313,7 +313,7 @@ class _Session:
             return []
         if document.get("status") != "ok":
             _LOG.debug("answer: %s", printable(payload[:500]))
-        self._acks.answered(document["id"], self._now())
+        self._acks.answered(document["id"], self._now(), document)
         return self._act(self.follower.answered(document["id"], document, self._now()))
 
     async def _learn(self, host: str, partition: str) -> list[Action]:
@@ -356,10 +356,10 @@ class _Session:
             return  # the session ends, and says so itself
         now = self._now()
         if reason == UNHEARD:
-            self._acks.answered(ask.id, now, heard=False)
+            self._acks.answered(ask.id, now)
             self._act(self.follower.unheard(ask.id, now))
         elif reason >= REFUSED:
-            self._acks.answered(ask.id, now, heard=False)
+            self._acks.answered(ask.id, now)
             error = f"the broker refuses the command (reason {reason:#04x}); grant it in its ACL"
             self._act(self.follower.answered(ask.id, {"status": "error", "error": error}, now))
 

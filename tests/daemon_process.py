@@ -43,8 +43,10 @@ def snapfeed(*arguments: str | bytes | Path, check: bool = True, **options) -> s
 
 
 def facts(*arguments: str | bytes | Path, **options) -> list:
-    """What a command with --json prints, one document a line."""
-    return [json.loads(line) for line in snapfeed(*arguments, "--json", **options).stdout.splitlines()]
+    """What a command with --json prints, one document a line; nothing that a terminal would obey."""
+    shown = snapfeed(*arguments, "--json", **options).stdout
+    assert all(" " <= c <= "~" or c == "\n" for c in shown), ascii(shown)
+    return [json.loads(line) for line in shown.splitlines()]
 
 
 class Daemon:

@@ -448,6 +448,10 @@ def test_what_is_printed(xfs, tmp_path):
         # diff: the same with and without the daemon
         changes = running.facts("diff", label, "1", str(last))
         assert changes == facts("diff", xfs.path, "1", str(last), *NOWHERE)
+        assert {"\x9b2J", "\x7f", "\u202etxt"} <= {change["path"] for change in changes}
+        exported = running.facts("export", label, "--since", "1")
+        assert {"\x9b2J", "\x7f", "\u202etxt"} <= {one["path"] for one in exported}
+        assert running.facts("verify", label)[-1]["disagreements"] == 0
         assert 0 < len(changes) <= sum(r["changes"] for r in rows if r["seq"] > 1)  # squashed: each object once
         shown = running.command("diff", label, "1", str(last)).stdout
         assert harmless(shown)
@@ -503,7 +507,7 @@ def test_what_is_printed(xfs, tmp_path):
         assert "$'\\e[31mred'" in shown
         (line,) = (tmp_path / "tail.json").read_bytes().splitlines()
         assert b'": ' not in line, "not compact"
-        assert not set(line) & set(range(32))
+        assert set(line) <= set(range(32, 127))
         document = json.loads(line)
         assert (document["partition"], document["uuid"]) == (label, uuid)
         assert {c["op"] for c in document["changes"]} == {"create", "delete", "modify"}

@@ -92,6 +92,11 @@ def test_a_consumer_that_comes_late_becomes_exact(part, tmp_path):
         last = feed.partition()["head"]
         wait_until(lambda: feed.published(last), "all published")
         epoch = feed.partition()["epoch"]
+        for wrong in ({"epoch": "another", "seq": 1}, {"epoch": epoch, "seq": last + 99}):
+            refused = asking("ack", partition=partition, consumer="late", **wrong)
+            assert (refused["status"], refused["data"]) == (
+                "error", {"partition": partition, "epoch": epoch, "seq": last},
+            )  # fmt: skip
         gap = asking("replay", partition=partition, consumer="late", since={"epoch": epoch, "seq": 1})
         assert gap["status"] == "error"
         assert gap["error"].startswith("gap:")

@@ -390,7 +390,7 @@ def test_a_baseline_on_demand_is_kept_for_the_consumer(fake, tmp_path):
         (("export", "data", "--output", "x", "--changed"), 1, "--output writes both"),
         (("export", "data", "--changed", "--deleted"), 1, "mixed up"),
         (("export", "data", "--changed", "--baseline", "--since", "1"), 1, "one of them"),
-        (("export", "data", "--changed", "--consumer", "a/b"), 2, "no consumer's name"),
+        (("export", "data", "--changed", "--consumer", "a/b"), 2, "no name for a topic"),
         (("ack", "data", "--consumer", "c"), 1, "--seq and --epoch"),
         (("ack", "data", "--consumer", "c", "--position", "/nonexistent/p"), 1, "no such file"),
         (("ack", "data", "--consumer", "c", "--position", "/dev/null"), 1, "is no position"),

@@ -564,12 +564,42 @@ def test_acks_are_coalesced_one_at_a_time_the_latest_wins():
     for seq in range(2, 50):
         assert made.commit("h", "p", ("e", seq), 0.1) == []
     assert [ask.document["seq"] for ask in made.commit("h", "q", ("e", 7), 0.1)] == [7]
-    made.answered("a1", 0.2)
+    made.answered("a1", 0.2, OK)
     assert made.tick(0.3) == [], "not more often than once a second"
     (second,) = made.tick(1.0)
     assert second.document["seq"] == 49
-    made.answered(second.id, 1.1)
+    made.answered(second.id, 1.1, OK)
     assert made.tick(5.0) == []
+
+
+OK = {"status": "ok", "error": None, "data": {"partition": "p", "consumer": "me", "epoch": "e", "seq": 1}}
+NEVER = {"status": "error", "error": "epoch 'e' is not ...", "data": {"partition": "p", "epoch": "f", "seq": 9}}
+LATER = [
+    {"status": "error", "error": "too many commands; slow down", "data": None},
+    {"status": "error", "error": "p: the disk is full", "data": None},
+    {"status": "error", "error": "unknown partition 'p'"},
+    {},
+]
+
+
+@pytest.mark.parametrize("refusal", LATER)
+def test_an_ack_that_was_refused_for_now_is_sent_again_ever_slower(refusal):
+    """On a quiet partition no further diff would bring the next one."""
+    made, now, sent = acks(), 0.0, []
+    made.connected(now)
+    asks = made.commit("h", "p", ("e", 1), now)
+    while now < 300:
+        for ask in asks:
+            sent.append(now)
+            made.answered(ask.id, now, refusal)
+        now += 0.25
+        asks = made.tick(now)
+    waits = [b - a for a, b in itertools.pairwise(sent)]
+    assert waits[:6] == [1, 2, 4, 8, 16, 32]
+    assert set(waits[6:]) == {60}
+    (ask,) = made.tick(now + 60)
+    made.answered(ask.id, now + 60, OK)
+    assert made.tick(now + 1000) == []
 
 
 def test_acks_that_are_lost_are_sent_again_and_refused_ones_are_not():
@@ -580,14 +610,14 @@ def test_acks_that_are_lost_are_sent_again_and_refused_ones_are_not():
     assert made.tick(10.0) == []
     (second,) = made.tick(11.0)
     assert second.id != first.id
-    made.answered(first.id, 11.0)  # an answer to one that was given up
-    made.answered(second.id, 11.0, heard=False)
+    made.answered(first.id, 11.0, OK)  # an answer to one that was given up
+    made.answered(second.id, 11.0)
     assert made.tick(12.0) == []
     (third,) = made.tick(13.0)
     made.disconnected()
     (fourth,) = made.connected(13.0)
-    made.answered(third.id, 13.0)
-    made.answered(fourth.id, 13.0)
+    made.answered(third.id, 13.0, OK)
+    made.answered(fourth.id, 13.0, NEVER)
     assert made.tick(100.0) == []
 
 
@@ -606,7 +636,7 @@ def test_one_host_is_not_flooded():
         asked += follower.tick(now)
         more = made.tick(now)
         for ask in more:
-            made.answered(ask.id, now)
+            made.answered(ask.id, now, OK)
             made.commit(HOST, ask.document["partition"], ("e", 2 + int(now)), now)
         sent += more
         assert len(sent) <= 11 + 5 * now

@@ -358,7 +358,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", HOSTILE)
+@pytest.mark.parametrize("path", [*HOSTILE, b".snapfeed/../x", b"x/.snapfeed/x"])
 @pytest.mark.parametrize("field", ["path", "from", "content"])
 def test_paths_that_lead_astray_are_refused(path, field, tmp_path, copy):
     made = Made()
@@ -378,8 +378,8 @@ def test_paths_that_lead_astray_are_refused(path, field, tmp_path, copy):
             "from": [change("rename", "file", 9, b"h", old=path), change("link", "file", 4, b"h", old=path)],
             "content": [change("create", "file", 6, b"h", content=path, size="7")],
         }[field]
-        if field == "content" and path.startswith(b".snapfeed"):
-            return  # below the source those are what they are
+        if field == "content" and path == b".snapfeed/x":
+            return  # where snapshots are
         for one in bad:
             seq, parent = made.seq, made.parent
             with pytest.raises(DamageError):
@@ -433,16 +433,19 @@ def test_content_is_read_below_the_source_only(tmp_path, copy):
     source = tmp_path / "source"
     (source / ".snapfeed").mkdir(parents=True)
     (tmp_path / "secret").write_bytes(b"secret!")
-    (source / "out").symlink_to(tmp_path)
-    (source / "link").symlink_to(tmp_path / "secret")
-    os.mkfifo(source / "pipe")
-    (source / "dir").mkdir()
-    (source / "good").write_bytes(b"content")
+    kept = source / ".snapfeed"
+    (kept / "out").symlink_to(tmp_path)
+    (kept / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(kept / "pipe")
+    (kept / "dir").mkdir()
+    (kept / "good").write_bytes(b"content")
     made = Made()
-    places = [b"out/secret", b"link", b"pipe", b"dir", b"gone", b"good/x"]
+    places = [b".snapfeed/" + name for name in (b"out/secret", b"link", b"pipe", b"dir", b"gone", b"good/x")]
     files = [change("create", "file", 10 + n, b"f%d" % n, size="7", content=place) for n, place in enumerate(places)]
     with open_replica(copy, source) as replica:
-        done = replica.apply(made.baseline(*files, change("create", "file", 9, b"fine", size="7", content=b"good")))
+        done = replica.apply(
+            made.baseline(*files, change("create", "file", 9, b"fine", size="7", content=b".snapfeed/good"))
+        )
         assert (done.stale, done.copied) == (len(places), 7)
         assert (copy / "fine").read_bytes() == b"content"
         for number in range(len(places)):

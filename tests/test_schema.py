@@ -292,6 +292,8 @@ def samples():
             yield f"answer.{verb}", orjson.loads(answer("1", data))
         yield f"answer.{verb}", orjson.loads(answer(None, error="no"))
     yield "answer.replay", {**orjson.loads(answer("1", GAP, "gap: too old"))}
+    where = {"partition": "data", "epoch": "e", "seq": 3}
+    yield "answer.ack", orjson.loads(answer("1", where, "snapshot 9 does not exist yet"))
     yield "answer.export", {"id": "1", "more": True, "data": EXPORTED}
     yield "answer.export", {"id": "1", "more": True, "data": rich_page()["changes"]}
     yield "answer.export", orjson.loads(answer("1"))
@@ -428,7 +430,7 @@ def test_what_no_page_may_say(place, value):
         ("answer.ack", {"id": "1", "status": "ok", "error": "no", "data": ANSWERED["ack"][0]}),
         ("answer.ack", {"id": "1", "status": "error", "error": None, "data": None}),
         ("answer.ack", {"id": "1", "status": "error", "error": "", "data": None}),
-        ("answer.ack", {"id": "1", "status": "error", "error": "no", "data": GAP}),
+        ("answer.ack", {"id": "1", "status": "error", "error": "no", "data": {"gap": True, "seq": 3}}),
         ("answer.replay", {"id": "1", "status": "ok", "error": None, "data": GAP}),
         ("answer.replay", {"id": "1", "status": "error", "error": "no", "data": {**GAP, "gap": False}}),
         ("answer", {"id": "1", "status": "ok", "error": None, "data": {"anything": 1}}),

@@ -16,14 +16,14 @@ from snapshotter.partition import Partition, adopted, is_adopted, partition_at
 from snapshotter.visit import Visit
 
 from .control import NoDaemonError, ask
-from .render import change_line
+from .render import change_line, json_line
 from .service import check_span, snapshot_row
 from .spans import squashed_pages
 from .units import counted, format_duration, format_size
 
 
 def _print(document: Any) -> None:
-    print(orjson.dumps(document).decode(), flush=True)
+    print(json_line(document), flush=True)
 
 
 def snapshot(options: argparse.Namespace) -> int:

@@ -7,8 +7,6 @@ import sys
 import tempfile
 import time
 
-import orjson
-
 from comparer.errors import OperatorError
 from snapshotter import format as formatting
 from snapshotter.adopt import adopt
@@ -18,6 +16,7 @@ from snapshotter.systemfile import Settings
 from .config import SOCKET
 from .control import ask
 from .pipeline import printable_path
+from .render import json_line
 from .units import format_duration, format_size
 
 
@@ -81,7 +80,7 @@ def _say_plan(options: argparse.Namespace, what: str, size: int) -> None:
             "io_threshold": options.io_threshold,
             "time_threshold": options.time_threshold,
         }
-        print(orjson.dumps(facts).decode())
+        print(json_line(facts))
         return
     label = "no label" if options.label is None else f"label {options.label!r}"
     mount = "not left mounted" if options.mount is None else f"mounted at {options.mount}"
@@ -123,7 +122,7 @@ def _say(options: argparse.Namespace, partition: Partition, settings: Settings, 
             "io_threshold": settings.io_threshold,
             "time_threshold": settings.time_threshold,
         }
-        print(orjson.dumps(facts).decode())
+        print(json_line(facts))
         return
     place = mount or f"{device} (mount it to use it)"
     print(

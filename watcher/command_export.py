@@ -15,6 +15,7 @@ from feed.escape import printable
 from feed.export import Entry, Export, Lists, relative, separated
 
 from .control import ask
+from .render import json_line
 
 POSITION, CHANGED, DELETED, TREE = b"position.json", b"changed", b"deleted", b"tree"
 _KEPT = ("partition", "epoch", "from", "seq", "snapshot", "mount", "consistency", "baseline")
@@ -77,7 +78,7 @@ def ack(options: argparse.Namespace) -> int:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(options.position)
     if options.json:
-        print(orjson.dumps(data).decode(), flush=True)
+        print(json_line(data), flush=True)
     return 0
 
 
@@ -149,7 +150,7 @@ def _print(lists: Lists, options: argparse.Namespace) -> None:
     for gone, entries in chosen:
         if options.json:
             for entry in entries:
-                print(orjson.dumps(_document(entry, gone=gone)).decode())
+                print(json_line(_document(entry, gone=gone)))
         elif options.null or not sys.stdout.isatty():
             sys.stdout.flush()
             sys.stdout.buffer.writelines(separated(entries))

@@ -6,12 +6,12 @@ import sys
 from collections import Counter
 from typing import Any
 
-import orjson
-
 from comparer.errors import OperatorError
 from feed.encode import encode_name
 from feed.escape import printable
 from feed.removal import Outcome, Removal, Result, listed
+
+from .render import json_line
 
 
 def remove_listed(options: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def _tell(result: Result, options: argparse.Namespace) -> None:
         document |= {"outcome": result.outcome.value, "dry_run": options.dry_run}
         if result.at is not None:
             encode_name(document, "at", result.at)
-        print(orjson.dumps(document | {"error": result.error}).decode())
+        print(json_line(document | {"error": result.error}))
     elif result.outcome is Outcome.REMOVED and options.dry_run:
         print(printable(result.path))
     if result.outcome is Outcome.LINK:

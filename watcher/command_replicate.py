@@ -25,6 +25,7 @@ from snapshotter.linux.fallocate import punch_hole, syncfs
 from snapshotter.linux.fiemap import ficlone
 
 from .config import load
+from .render import json_line
 from .signer import signer
 from .units import format_size
 
@@ -194,11 +195,12 @@ def _show(applied: Applied, replica: Replica, options: argparse.Namespace) -> No
             "stale": applied.stale,
             "flaws": applied.flaws,
         }
-        print(orjson.dumps(document).decode(), flush=True)
+        print(json_line(document), flush=True)
     when, kind = time.strftime("%H:%M:%S"), "baseline, " if applied.baseline else ""
     moved = f"{format_size(applied.copied)} copied, {format_size(applied.cloned)} cloned"
     stale = f", {_stale(replica)}" if applied.stale and replica.source is not None else ""
-    text = f"{when} {applied.partition} at {applied.seq} ({kind}{applied.changes} changes, {moved}{stale})"
+    flaws = f", {applied.flaws} cannot be made as they are" if applied.flaws else ""
+    text = f"{when} {applied.partition} at {applied.seq} ({kind}{applied.changes} changes, {moved}{stale}{flaws})"
     print(text, file=sys.stderr, flush=True)
 
 
@@ -224,7 +226,7 @@ def _verify(replica: Replica, options: argparse.Namespace) -> int:
         found += 1
         if options.json:
             path = printable(item.path)
-            print(orjson.dumps({"what": item.what, "path": path, "detail": item.detail}).decode(), flush=True)
+            print(json_line({"what": item.what, "path": path, "detail": item.detail}), flush=True)
         else:
             print(f"{item.what:<10}  {printable(item.path)}  {item.detail}", flush=True)
     position = "nothing yet" if replica.position is None else f"snapshot {replica.position[1]}"
@@ -234,10 +236,7 @@ def _verify(replica: Replica, options: argparse.Namespace) -> int:
         summary += f", of {check.unknown} the source has none to compare with" if check.unknown else ""
     if options.json:
         document = {"objects": replica.state.count(), "disagreements": found, "files_compared": check.files}
-        print(
-            orjson.dumps({**document, "bytes_compared": check.bytes, "not_compared": check.unknown}).decode(),
-            flush=True,
-        )
+        print(json_line({**document, "bytes_compared": check.bytes, "not_compared": check.unknown}), flush=True)
     else:
         print(summary, flush=True)
     return 1 if found else 0

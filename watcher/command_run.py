@@ -9,8 +9,6 @@ import threading
 import time
 from dataclasses import replace
 
-import orjson
-
 from comparer.errors import OperatorError
 from feed.broker import check
 from feed.embedded import MISSING, REMEDY, installed
@@ -18,6 +16,7 @@ from feed.embedded import MISSING, REMEDY, installed
 from .config import SOCKET, Config, doubts, load
 from .daemon import Daemon, Reload
 from .pipeline import describe
+from .render import json_line
 
 
 def _adjusted(options: argparse.Namespace, config: Config) -> Config:
@@ -79,7 +78,7 @@ def check_config(options: argparse.Namespace) -> int:
         odd = doubts(options.file)
     except OperatorError as error:
         if options.json:
-            print(orjson.dumps({"ok": False, "error": describe(error)}).decode())
+            print(json_line({"ok": False, "error": describe(error)}))
         raise
     if config.broker is None and not installed():
         odd.append(f"broker: no url, and {MISSING}, which is not installed; {REMEDY}")
@@ -93,7 +92,7 @@ def check_config(options: argparse.Namespace) -> int:
             "partitions": [p.mount for p in config.partitions],
             "warnings": odd,
         }
-        print(orjson.dumps(facts).decode())
+        print(json_line(facts))
         return 0
     broker = config.broker.url if config.broker else "the embedded one"
     socket = config.socket if config.socket != SOCKET else f"{SOCKET} (default)"

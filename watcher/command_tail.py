@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from feed.subscriber import Damage, Diff, Gap, Subscriber
 
 from .config import SOCKET, load
 from .control import NoDaemonError, ask
-from .render import change_line
+from .render import change_line, json_line
 from .signer import signer
 from .units import counted, format_size
 
@@ -139,11 +138,7 @@ def _show(diff: Diff, *, as_json: bool) -> None:
     envelope = diff.envelope
     if as_json:
         head = orjson.loads(envelope.head() + b"}")
-        # ASCII: JSON leaves control characters beyond it as they are, and a terminal obeys them.
-        print(
-            json.dumps({**head, "changes": diff.documents}, separators=(",", ":")).replace("\x7f", "\\u007f"),
-            flush=True,
-        )
+        print(json_line({**head, "changes": diff.documents}), flush=True)
         return
     when = time.strftime("%H:%M:%S", time.localtime(envelope.time_ns / 1e9))
     kind = "baseline" if envelope.baseline else f"diff from {envelope.parent}"

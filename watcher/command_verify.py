@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import orjson
-
 from comparer.errors import OperatorError, TransientError
 from snapshotter.visit import Visit
 
 from .command_ask import find_partition
 from .control import NoDaemonError, ask
 from .pipeline import describe
+from .render import json_line
 from .verification import directly
 
 _PATIENCE = 2.0  # seconds before progress is shown
@@ -33,7 +32,7 @@ class _Printer:
             return
         self._progress.clear()
         if self._json:
-            print(orjson.dumps(item).decode(), flush=True)
+            print(json_line(item), flush=True)
         elif "what" not in item:
             self._conclude(item)
         elif item["meanwhile"]:

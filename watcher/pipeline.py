@@ -197,13 +197,15 @@ class Pipeline:
     def acknowledge(self, consumer: str, epoch: str, seq: int, now_ns: int) -> None:
         """A consumer has everything up to a diff. Written soon, many at a time: one that is lost is only a longer hold.
 
-        Raises CommandError.
+        Raises CommandError; for a position that is none, with where the partition is as its data: see feed.acks.
         """
         head = self.state.head or 0
+        where = {"partition": self.name, "epoch": self.state.epoch, "seq": head}
         if epoch != self.state.epoch:
-            raise CommandError(f"epoch {ascii(epoch)[:80]} is not that of {self.name}, which is {self.state.epoch}")
+            why = f"epoch {ascii(epoch)[:80]} is not that of {self.name}, which is {self.state.epoch}"
+            raise CommandError(why, data=where)
         if seq > head:
-            raise CommandError(f"snapshot {seq} does not exist yet: the head of {self.name} is {head}")
+            raise CommandError(f"snapshot {seq} does not exist yet: the head of {self.name} is {head}", data=where)
         rows = {row.name: row for row in self._known} | self._acks
         if consumer not in rows and len(rows) >= MOST_CONSUMERS:
             raise CommandError(f"{len(rows)} consumers are known already; forget one: snapfeed consumers --forget")

@@ -1,4 +1,7 @@
-"""Changes for people: one line each, nothing of a file's name unescaped."""
+"""What commands print: changes for people, one line each, and JSON; nothing of a file's name unescaped."""
+
+import json
+from typing import Any
 
 from comparer.model import ByteRanges, Change, Op, Quality
 from feed.escape import printable
@@ -6,6 +9,14 @@ from feed.escape import printable
 from .units import format_size
 
 MARK = {Op.CREATE: "+", Op.DELETE: "-", Op.MODIFY: "~", Op.RENAME: ">", Op.LINK: "=", Op.UNLINK: "x"}
+
+
+def json_line(document: Any) -> str:
+    """A document as one line of JSON in printable ASCII.
+
+    JSON itself leaves DEL, C1 and bidirectional controls as they are, and a terminal obeys them.
+    """
+    return json.dumps(document, separators=(",", ":")).replace("\x7f", "\\u007f")
 
 
 def change_line(change: Change) -> str:

@@ -208,9 +208,9 @@ class Service:
         return {"partition": pipeline.name, "consumer": consumer, "epoch": fields["epoch"], "seq": fields["seq"]}
 
     async def _thresholds(self, targets: list[Pipeline], fields: Mapping[str, Any]) -> list[ThresholdsData]:
-        from .units import parse_duration, parse_size  # noqa: PLC0415
+        from .units import parse_duration, parse_threshold  # noqa: PLC0415
 
-        io = parse_size(fields["io_threshold"], "io_threshold") if fields.get("io_threshold") is not None else None
+        io = parse_threshold(fields["io_threshold"], "io_threshold") if fields.get("io_threshold") is not None else None
         seconds = (
             parse_duration(fields["time_threshold"], "time_threshold")
             if fields.get("time_threshold") is not None
