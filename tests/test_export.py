@@ -1,5 +1,6 @@
 """Exports: the two lists against random trees, and the commands against a control socket that speaks the contract."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,12 +19,13 @@ from test_compare import operated
 from trees import Tree, attr
 
 from comparer.compare import baseline, compare
-from comparer.errors import DamageError
+from comparer.errors import DamageError, OperatorError
 from comparer.model import Change, FileType, Ident, Name, Op
 from feed.around import Around
 from feed.encode import encode_change
 from feed.export import AROUND, Export, separated
 from feed.removal import Outcome, Removal
+from watcher import command_export
 
 EXAMPLES = int(os.environ.get("SNAPFEED_EXAMPLES", "150"))
 
@@ -525,3 +527,38 @@ def test_a_copy_that_is_none(tmp_path):
         done = snapfeed("remove-listed", *wrong, check=False)
         assert done.returncode == 1
         assert "give the" in done.stderr
+
+
+def test_what_another_has_not_acknowledged_is_not_written_over(tmp_path):
+    """Two consumers, one directory: the second is told so; and nobody acknowledges for somebody else."""
+    position = {
+        "partition": "data", "consumer": "nightly", "epoch": "e", "from": 3, "seq": 4, "snapshot": None, "mount": "/data",
+        "consistency": "metadata", "baseline": False,
+    }  # fmt: skip
+    (tmp_path / "position.json").write_text(json.dumps(position))
+    for other in ({"consumer": "other"}, {"consumer": None}, {"partition": "home"}):
+        with pytest.raises(OperatorError, match="nightly"):
+            command_export._refuse_others(os.fsencode(tmp_path), {**position, **other})
+    command_export._refuse_others(os.fsencode(tmp_path), position)
+    options = argparse.Namespace(
+        position=str(tmp_path / "position.json"), seq=None, epoch=None, consumer="zz", socket="x"
+    )
+    with pytest.raises(OperatorError, match="was made for the consumer 'nightly'"):
+        command_export.ack(options)
+
+
+def test_a_further_name_of_what_lies_below_a_moved_directory_is_told():
+    """A path tool makes the moved file anew; its name elsewhere must become the same file again."""
+    tree = Tree()
+    old = tree.create(tree.root, b"old", FileType.DIR)
+    file = tree.create(old, b"f", FileType.FILE)
+    tree.link(file, Name(tree.root, b"keep"))
+    moved = tree.copy()
+    moved.rename(Name(moved.root, b"old"), Name(moved.root, b"new"))
+    changes = list(compare(tree, moved, set(tree.objects)))
+    around = Around()
+    around.see(encode_change(change) for change in changes)
+    found = []
+    while (entries := around.step(moved, 100)) is not None:
+        found += [entry["path"] for entry in entries]
+    assert {"new/f", "keep"} <= set(found)

@@ -41,6 +41,7 @@ def export(options: argparse.Namespace) -> int:
         return 0
     directory = os.fsencode(options.output)
     try:
+        _refuse_others(directory, position)
         found = _unfinished(directory, position) if options.since is None and not options.baseline else None
         if found is not None:
             print(f"snapfeed export: {_span(found)}: unfinished, left as it is", file=sys.stderr)
@@ -70,8 +71,9 @@ def ack(options: argparse.Namespace) -> int:
             raise OperatorError(
                 f"{options.position}: no such file; it is there from `snapfeed export --output` to `ack`"
             )
-        if position.get("consumer") not in (None, options.consumer):
-            raise OperatorError(f"{options.position} was made for the consumer {position['consumer']!a}")
+        if position.get("consumer") != options.consumer:
+            whose = f"the consumer {position['consumer']!a}" if position.get("consumer") else "no consumer"
+            raise OperatorError(f"{options.position} was made for {whose}; say --consumer, or --seq and --epoch")
         epoch, seq = position["epoch"], position["seq"]
     (data,) = ask(options.socket, "ack", partition=options.partition, consumer=options.consumer, epoch=epoch, seq=seq)
     if options.position is not None:
@@ -190,6 +192,18 @@ def _unfinished(directory: bytes, now: Position) -> Position | None:
     if found is None or not same or found["baseline"] or found.get("consumer") != now["consumer"]:
         return None
     return found if os.path.isdir(_tree(found)) else None
+
+
+def _refuse_others(directory: bytes, now: Position) -> None:
+    """What another consumer, or another partition, has not acknowledged is not to be written over. Raises OperatorError."""
+    found = _read(os.path.join(directory, POSITION))
+    if found is None or found.get("consumer") is None:
+        return
+    if (found["partition"], found["consumer"]) != (now["partition"], now["consumer"]):
+        raise OperatorError(
+            f"{os.fsdecode(directory)} holds an unfinished export of {found['partition']} for {found['consumer']}; "
+            f"acknowledge it, remove its {os.fsdecode(POSITION)}, or give another --output"
+        )
 
 
 def _left_behind(directory: bytes, now: Position) -> bool:
