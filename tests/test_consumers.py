@@ -142,7 +142,13 @@ def test_what_was_missed_comes_again(part, tmp_path):
                 work.step()
             last = feed.snapshot()["seq"]
         wait_until(lambda: feed.published(last), "all published")
-        all_pages = {(p["seq"], p["page"]): p for p in (json.loads(m.payload) for m in live.messages())}
+
+        def all_here():
+            """The broker's acknowledgement comes before its delivery to others."""
+            pages = [json.loads(m.payload) for m in live.messages()]
+            return pages if pages and (pages[-1]["seq"], pages[-1]["page"]) == (last, pages[-1]["pages"]) else None
+
+        all_pages = {(p["seq"], p["page"]): p for p in wait_until(all_here, "all pages")}
         epoch = feed.partition()["epoch"]
         found = asking("replay", partition=partition, consumer="again", since={"epoch": epoch, "seq": 3})
         expected = sorted(key for key in all_pages if key[0] > 3)

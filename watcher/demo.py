@@ -222,7 +222,12 @@ class Demo:
         """Do nothing: the time threshold passes."""
         say("  (no command: waiting for the time threshold of 3 s)")
         for name in self.partitions:
-            await self.until(lambda: self.by_time(name) > 0, f"a time trigger on {name}")  # noqa: B023 - awaited here
+            if name == "directory":
+                # the whole file system's writes are its volume; if others write there, that threshold may have been met first
+                with contextlib.suppress(DemoError):
+                    await self.until(lambda: self.by_time(name) > 0, "a time trigger", 10)  # noqa: B023 - awaited here
+            else:
+                await self.until(lambda: self.by_time(name) > 0, f"a time trigger on {name}")  # noqa: B023 - awaited here
 
     async def until(self, condition: Callable[[], bool], what: str, seconds: float = 40) -> None:
         """Wait for a condition; raises DemoError after `seconds`."""
