@@ -256,7 +256,13 @@ class Demo:
         for name, seen in self.seen.items():
             total += seen.triggers
             say(f"  {name}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(seen.triggers.items())))
-        self.problems += [f"no {kind} trigger fired" for kind in ("volume", "time", "command") if not total[kind]]
+        expected = ["volume", "time", "command"]
+        if "directory" in self.partitions and not total["time"]:
+            say(
+                "  no time trigger: others write to the same file system, which counts as volume here, so that came first"
+            )
+            expected.remove("time")
+        self.problems += [f"no {kind} trigger fired" for kind in expected if not total[kind]]
         title("Bytes")
         written = sum(seen.volume for seen in self.seen.values())
         assert self.daemon is not None  # noqa: S101 - it was started
