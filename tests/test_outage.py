@@ -93,7 +93,7 @@ def test_a_long_outage_costs_bounded_disk_and_no_change(part, tmp_path, bounded)
                 consumer.feed(m.payload for m in after.new())
                 return consumer.head[1] == head
 
-            wait_until(arrived, "it is here")
+            wait_until(arrived, "it is here, and read", SECONDS)
         consumer.compare(part.path)
         seqs = [diff["seq"] for diff in consumer.diffs]
         assert seqs == sorted(seqs)
