@@ -8,12 +8,15 @@ from comparer.model import Ident, Name
 
 _DIR = "mode & 61440 = 16384"
 _NOTHING = """
-SELECT DISTINCT ino FROM entry INDEXED BY entry_of WHERE NOT EXISTS (SELECT 1 FROM inode WHERE inode.ino = entry.ino)
+SELECT DISTINCT ino FROM entry INDEXED BY entry_of WHERE ino NOT IN (SELECT ino FROM inode)
 """
 _REACHED = """
 WITH RECURSIVE reached(ino) AS (VALUES (?) UNION SELECT place.ino FROM reached JOIN place ON place.parent = reached.ino)
 SELECT ino FROM place WHERE ino NOT IN (SELECT ino FROM reached)
 """
+_NAMED = "SELECT count(*) FROM (SELECT DISTINCT ino FROM entry INDEXED BY entry_of) WHERE ino != ?"
+_ALL = "SELECT count(*) FROM inode WHERE ino != ?"
+_DELETE = "DELETE FROM inode WHERE ino != ? AND NOT EXISTS (SELECT 1 FROM entry WHERE entry.ino = inode.ino)"
 
 
 def mend(db: sqlite3.Connection, root: Ident) -> Dirty:
@@ -34,9 +37,9 @@ def mend(db: sqlite3.Connection, root: Ident) -> Dirty:
                 dropped.directory(ino)
     finally:
         db.execute("DROP TABLE temp.place")
-    db.execute(
-        "DELETE FROM inode WHERE ino != ? AND NOT EXISTS (SELECT 1 FROM entry WHERE entry.ino = inode.ino)", (root.ino,)
-    )
+    # every name leads to an object now: as many with a name as there are means that all have one
+    if db.execute(_NAMED, (root.ino,)).fetchone() != db.execute(_ALL, (root.ino,)).fetchone():
+        db.execute(_DELETE, (root.ino,))
     return dropped.dirty(db)
 
 

@@ -9,6 +9,7 @@ quota and real-time inodes are not.
 
 import errno
 import fcntl
+import functools
 import hashlib
 import struct
 from collections.abc import Iterator
@@ -64,6 +65,10 @@ class Records:
         """Each record's members, in the order of Bulkstat."""
         return _BULKSTAT.iter_unpack(self.raw)
 
+    def joined(self, count: int) -> Iterator[Record]:
+        """The members of `count` records after each other; as many records as there are must be a multiple of it."""
+        return _joined(count).iter_unpack(self.raw)
+
     def numbers(self) -> memoryview:
         """The inode numbers, ascending, as a sequence."""
         return self.raw.cast("Q")[::_WORDS]
@@ -101,6 +106,11 @@ class Records:
         columns = [words[word::_WORDS].tobytes() for word in _FINGER_WORDS]
         columns += [halves[half :: 2 * _WORDS].tobytes() for half in _FINGER_HALVES]
         return hashlib.sha256(b"".join(columns), usedforsecurity=False).digest()
+
+
+@functools.cache
+def _joined(count: int) -> struct.Struct:
+    return struct.Struct("=" + _BULKSTAT.format.removeprefix("=") * count)
 
 
 _WORDS = _BULKSTAT.size // 8
