@@ -65,7 +65,7 @@ def runs(fd: int) -> Iterator[tuple[int, Records]]:
                     if stop == total:
                         break
                     start = stop
-                yield left_run, Records(memoryview(left))
+                yield left_run, Records.of(left)
                 left = b""
                 continue
             if stop == total:
@@ -74,4 +74,4 @@ def runs(fd: int) -> Iterator[tuple[int, Records]]:
             yield run, batch.part(start, stop)
             start = stop
     if left:
-        yield left_run, Records(memoryview(left))
+        yield left_run, Records.of(left)
