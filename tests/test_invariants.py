@@ -463,7 +463,7 @@ def test_what_happens_in_the_system_directory_is_no_change(fs, tmp_path):
 @pytest.mark.parametrize("fs", DISKS)
 def test_low_thresholds_do_not_feed_on_our_own_work(fs, tmp_path):
     """One write, one diff; then heartbeats alone, though the threshold is less than a snapshot writes."""
-    with partition(fs, tmp_path) as part, feeding(part.path, tmp_path, io="4KiB", time="1s") as feed:
+    with partition(fs, tmp_path) as part, feeding(part.path, tmp_path, io="1B", time="1s") as feed:
         before = len(feed.consumer.diffs)
         (part.path / "file").write_bytes(b"x" * 8192)
 

@@ -59,12 +59,15 @@ def test_every_duration_unit(number, unit):
     assert math.isclose(parse_duration(f"{number}{unit}"), number * DURATIONS[unit])
 
 
-@pytest.mark.parametrize(("given_text", "size"), [("64MiB", 64 << 20), ("4KiB", 4096), (4096, 4096), ("4096", 4096)])
+@pytest.mark.parametrize(
+    ("given_text", "size"),
+    [("64MiB", 64 << 20), ("4KiB", 4096), (4096, 4096), ("4096", 4096), ("1B", 1), ("1 KiB", 1024)],
+)
 def test_volumes(given_text, size):
     assert parse_threshold(given_text) == size
 
 
-@pytest.mark.parametrize("given_text", ["64", 64, "4095", "1KiB", "64B"])
+@pytest.mark.parametrize("given_text", ["64", 64, "4095", " 64 "])
 def test_a_volume_without_its_unit_is_no_threshold(given_text):
     with pytest.raises(OperatorError, match="unit") as error:
         parse_threshold(given_text, "defaults.io_threshold")

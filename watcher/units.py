@@ -21,7 +21,7 @@ _DURATION = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86
 _NUMBER = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*\Z")
 LARGEST = 1 << 53  # bytes: what JSON numbers hold exactly
 LONGEST = 366 * 86400.0
-LEAST_VOLUME = 4096  # bytes, one block
+LEAST_BARE_VOLUME = 4096  # bytes, one block
 
 
 def parse_size(text: str | int, where: str = "size") -> int:
@@ -36,11 +36,11 @@ def parse_size(text: str | int, where: str = "size") -> int:
 
 
 def parse_threshold(text: str | int, where: str = "io_threshold") -> int:
-    """The size of a written volume: bytes, at least LEAST_VOLUME, as less is a forgotten unit. Raises OperatorError."""
+    """The size of a written volume, in bytes. Raises OperatorError, also for a small number without its unit: one forgotten."""
     size = parse_size(text, where)
-    if size < LEAST_VOLUME:
+    if size < LEAST_BARE_VOLUME and str(text).strip().isdigit():
         raise OperatorError(
-            f"{where}: {text!r} is {size} bytes, and less than 4KiB is none; write its unit as well, such as 64MiB"
+            f"{where}: {text!r} is {size} bytes; write the unit as well: 64MiB, or {size}B if that is meant"
         )
     return size
 
