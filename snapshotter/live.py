@@ -65,8 +65,22 @@ class LiveTree:
         self.root, self._root_stat = identify(root_fd)
         self.dev = self._root_stat.dev
         self._directories = _Descriptors(256)
+        self._system = -1
+
+    def system_directory(self) -> int:
+        """A descriptor of the system directory; ours. What is below it is root's alone, so that a path there cannot be swapped.
+
+        Raises OSError.
+        """
+        if self._system < 0:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._system = os.open(SYSTEM_DIR, flags, dir_fd=self.root_fd)
+        return self._system
 
     def close(self) -> None:
+        if self._system >= 0:
+            os.close(self._system)
+            self._system = -1
         while self._directories:
             self._directories.popitem()
 

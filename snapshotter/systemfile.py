@@ -369,7 +369,10 @@ class SystemFile:
             return int(self._meta("offered"))
 
     def offer(self, seq: int) -> None:
-        """Before a diff is handed to a publisher. Durable when it returns."""
+        """Before a diff is handed to a publisher. Durable when it returns, or when the transaction ends that one is in."""
+        if self.db.in_transaction:
+            self._set_meta("offered", seq)
+            return
         with self.transaction():
             self._set_meta("offered", seq)
 

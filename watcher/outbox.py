@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 FLUSH_AFTER = 0.25  # seconds; a lost cursor costs duplicates, never a page
 _HEAD_ROOM = 64  # bytes for page numbers
 _TOPIC = 512  # bytes of the longest topic: how a diff is cut must not depend on whose topic it is sent on, ours or a consumer's
-_OFFERED = 15  # diffs beyond the one handed out that may not be squashed any more
+OFFERED = 15  # diffs beyond the one handed out that may not be squashed any more
 _OFFERED_AT_ONCE = 255  # as above, of those that exist already
 FETCHED = 1 << 20  # bytes handed out at a time
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class JournalOutbox:
     async def fetch(self, after: Position | None, limit: int, count: int) -> list[OutPage]:
         def read(file: SystemFile) -> list[OutPage]:
             start = after or self.acknowledged or Position(*file.acknowledged())
-            return self._pages(file, start, limit + len(self._topic.encode()) - _TOPIC, count)
+            return self._pages(file, start, limit, count)
 
         found = await self._in_file(self._of_our_epoch(read))
         assert isinstance(found, list)  # noqa: S101 - what `read` returns
@@ -78,7 +78,20 @@ class JournalOutbox:
             self._timer.cancel()
             self._timer = None
 
-    def _pages(self, file: SystemFile, after: Position, room: int, count: int) -> list[OutPage]:
+    def _room(self, envelope: Envelope, limit: int) -> int:
+        """Bytes that a page's changes may have, if its payload may have `limit` on our topic."""
+        fixed = len(page_payload(envelope, 1, 1, b"")) + _HEAD_ROOM
+        return limit + len(self._topic.encode()) - _TOPIC - fixed
+
+    def fits(self, diff: DiffRow, envelope: Envelope, limit: int) -> bool:
+        """Whether a diff's pages, as they were cut, are small enough for payloads of `limit` bytes."""
+        return diff.page_limit <= self._room(envelope, limit)
+
+    def note_cut(self, diff: DiffRow) -> None:
+        """Remember how a diff is cut of which pages are handed out."""
+        self._cuts[diff.seq] = (diff.pages, diff.page_limit)
+
+    def _pages(self, file: SystemFile, after: Position, limit: int, count: int) -> list[OutPage]:
         found: list[OutPage] = []
         diff, page = file.next_diff(after.seq), 0
         if diff is not None and diff.seq == after.seq:
@@ -91,20 +104,19 @@ class JournalOutbox:
         size = 0
         while diff is not None and len(found) < count and size < FETCHED and self._wants(diff):
             if diff.seq > offered:  # some at a time: it is a write to the disk
-                offered = max(diff.seq + _OFFERED, min(diff.seq + _OFFERED_AT_ONCE, file.head() or 0))
+                offered = max(diff.seq + OFFERED, min(diff.seq + _OFFERED_AT_ONCE, file.head() or 0))
                 file.offer(offered)
             envelope = self.envelope(diff)
-            fixed = len(page_payload(envelope, 1, 1, b"")) + _HEAD_ROOM
-            if fixed + diff.page_limit > room:
+            if not self.fits(diff, envelope, limit):
                 try:
-                    diff, page = self._cut(file, diff, room - fixed), 0
+                    diff, page = self._cut(file, diff, self._room(envelope, limit)), 0
                     if self.acknowledged is not None and self.acknowledged.seq == diff.seq:
                         self.acknowledged = Position(diff.seq, 0)
                 except SnapfeedError:
                     if found:
                         break  # what comes before it is fine; the next fetch tells of the trouble
                     raise
-            self._cuts[diff.seq] = (diff.pages, diff.page_limit)
+            self.note_cut(diff)
             while page < diff.pages and len(found) < count and size < FETCHED:
                 page += 1
                 _, body = file.page(diff.seq, page)

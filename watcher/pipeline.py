@@ -25,8 +25,8 @@ from snapshotter.systemfile import ConsumerRow, Settings, SystemFile
 from snapshotter.visit import Abilities, Visit
 
 from .baselines import sweep_spools
+from .live_outbox import Fresh, LiveOutbox
 from .meters import Volume, meters_for
-from .outbox import JournalOutbox
 from .sources.base import EventSource, SourceError
 from .sources.canary import self_test
 from .sources.choose import make_source
@@ -78,14 +78,14 @@ class Pipeline:
         topic: str,
         *,
         changed: Callable[["Pipeline"], None],
-        opened: Callable[[JournalOutbox], None],
-        closed: Callable[[JournalOutbox], None],
+        opened: Callable[[LiveOutbox], None],
+        closed: Callable[[LiveOutbox], None],
     ) -> None:
         self.partition = partition
         self.name = name
         self.rules = rules
         self.state = State(name, printable_path(partition.path), partition.fs_type, partition.uuid, kind=partition.kind)
-        self.outbox: JournalOutbox | None = None
+        self.outbox: LiveOutbox | None = None
         self.pins: dict[str, int] = {}  # snapshots that are being read, by who reads them
         self.sending: Callable[[], list[tuple[str, str]]] = list  # (consumer, what) that is being sent
         self._known: list[ConsumerRow] = []
@@ -406,7 +406,7 @@ class Pipeline:
         self._fresh = True
         self._last = self._checked = time.monotonic()
         state.state = "watching" if self._source is not None else "scanning"
-        self.outbox = JournalOutbox(
+        self.outbox = LiveOutbox(
             self.name,
             self._topic,
             self._envelope(self.name, uuid, settings.epoch),
@@ -527,11 +527,15 @@ class Pipeline:
 
         order = Order(
             trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit, self._limits(),
-            min(self.pins.values(), default=None),
+            min(self.pins.values(), default=None), live=self.outbox is not None and self.outbox.live,
         )  # fmt: skip
+
+        def committed(done: Done, fresh: Fresh | None) -> None:
+            loop.call_soon_threadsafe(self._tell, done, fresh, commands)
+
         try:
             self._busy = True
-            done = await self._visit(lambda visit: self._take(visit, order, more, self._progress(loop)))
+            done = await self._visit(lambda visit: self._take(visit, order, more, self._progress(loop), committed))
         except BaseException as error:
             self._dirty.merge(everything)
             self._volume.abandon()
@@ -546,15 +550,21 @@ class Pipeline:
             self._dirty.lost = lost_meanwhile[0]
         # all that this thread wrote since `begin`: closing the system file writes, too
         self._finish(done, self._own - own, looked_at_everything=order.dirty.lost is not None)
-        for future in commands:
-            if not future.done():
-                future.set_result(done)
+        if not done.recorded:
+            self._tell(done, None, commands)
 
-    def _take(self, visit: Visit, order: Order, more: Callable[[], Dirty], progress: Callable[[int], None]) -> Done:
+    def _take(
+        self,
+        visit: Visit,
+        order: Order,
+        more: Callable[[], Dirty],
+        progress: Callable[[int], None],
+        committed: Callable[[Done, Fresh | None], None],
+    ) -> Done:
         """In the partition's thread: what consumers have acknowledged first, since it says what is kept for them."""
         if self._acks:
             visit.file.set_consumers(list(self._acks.values()))
-        return take(visit, order, more, progress, self._volume.captured)
+        return take(visit, order, more, progress, self._volume.captured, committed)
 
     def _from_loop(self, coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
         """In the partition's thread: have the loop run something. Raises TransientError once the loop is ending: it may not."""
@@ -589,6 +599,11 @@ class Pipeline:
         self._last = time.monotonic()
         if looked_at_everything:
             self._checked = self._last
+        self.state.backlog, self.state.journal = done.backlog, done.journal  # tidying may have made them smaller
+        self._changed(self)
+
+    def _tell(self, done: Done, fresh: Fresh | None, commands: list[asyncio.Future[Done]]) -> None:
+        """A snapshot is committed, or there was none to make: say so to all who wait for it."""
         state = self.state
         state.head, state.progress, state.volume, state.backlog = done.seq, None, 0, done.backlog
         state.journal = done.journal
@@ -603,7 +618,10 @@ class Pipeline:
                 self.name, done.seq, done.trigger, done.changes, done.volume, done.seconds * 1000,
             )  # fmt: skip
             if self.outbox is not None:
-                self.outbox.ready.set()
+                self.outbox.news(fresh)
+        for future in commands:
+            if not future.done():
+                future.set_result(done)
         self._changed(self)
 
     def _backlog(self, diffs: int) -> None:

@@ -21,6 +21,8 @@ from snapshotter.retention import Limits, needed, prune, to_squash
 from snapshotter.systemfile import DiffRow, SnapshotRow, SystemFile
 from snapshotter.visit import Visit
 
+from .live_outbox import LARGEST, Fresh
+from .outbox import OFFERED
 from .spans import squashed_pages
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ _SQUASHES = 4  # after one snapshot
 class Order:
     """What the pipeline asks for. `now_ns` is the wall clock, for people; `chunk_limit` bytes a page's changes may take.
 
-    `pinned`: a snapshot that is being read, and is kept with all after it.
+    `pinned`: a snapshot that is being read, and is kept with all after it. `live`: the publisher waits for this diff.
     """
 
     trigger: str
@@ -42,6 +44,7 @@ class Order:
     chunk_limit: int
     limits: Limits = field(default_factory=Limits)
     pinned: int | None = None
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +91,12 @@ def take(
     more: Callable[[], Dirty],
     progress: Callable[[int], None],
     captured: Callable[[], None] = lambda: None,
+    committed: Callable[[Done, Fresh | None], None] = lambda _done, _fresh: None,
 ) -> Done:
     """Take a snapshot, or find that nothing changed. `captured` is called, in this thread, when the snapshot has its data.
+
+    `committed` is called, in this thread as well, when a snapshot and its diff are on the disk and may be published: what comes
+    after that is tidying. It is given the diff itself if the order says that the publisher waits for it, and it is small.
 
     Raises OSError, TransientError, DamageError; the partition is then as it was, but for what `sweep` removes.
     """
@@ -99,14 +106,20 @@ def take(
     capture: Capture | None = None
     recorded = False
     forgotten: list[int] = []
+    fresh: Fresh | None = None
     try:
         with file.transaction():
             seq, head = file.next_seq(), file.head()
             capture = backend.capture(visit.root_fd, seq, head, order.dirty, more)
             captured()
-            changes = _journal(file, capture, order)
+            bodies = _Bodies(LARGEST if order.live else 0)
+            changes = _journal(file, capture, order, bodies)
             if changes or head is None:
-                _record(file, backend, capture, order, changes, head)
+                diff = _record(file, backend, capture, order, changes, head)
+                if bodies.all is not None:
+                    fresh = Fresh(diff, tuple(bodies.all))
+                    if file.offered() < seq:
+                        file.offer(seq + OFFERED)
                 held = [n for n in (needed(file, order.limits, order.now_ns), order.pinned) if n is not None]
                 forgotten = file.forget(order.keep, min(held, default=None))
                 prune(file, order.limits, order.now_ns)
@@ -118,8 +131,27 @@ def take(
             backend.discard(visit.root_fd, capture)
         raise
     backend.release(capture)
+
+    def done() -> Done:
+        read_after, written_after = thread_io()
+        return Done(
+            seq if recorded or head is None else head,
+            recorded,
+            changes,
+            order.volume,
+            order.trigger,
+            len(capture.again.objects) + len(capture.again.names),
+            written_after - written_before,
+            read_after - read_before,
+            time.perf_counter() - started,
+            capture.excluded,
+            file.backlog(),
+            journal_of(file),
+        )
+
     if recorded:
         visit.bear_witness()
+        committed(done(), fresh)
     else:
         backend.discard(visit.root_fd, capture)
     if forgotten:
@@ -127,21 +159,22 @@ def take(
             backend.expire(visit.root_fd, forgotten)
     if recorded:
         _bound_journal(file, order)
-    read_after, written_after = thread_io()
-    return Done(
-        seq if recorded or head is None else head,
-        recorded,
-        changes,
-        order.volume,
-        order.trigger,
-        len(capture.again.objects) + len(capture.again.names),
-        written_after - written_before,
-        read_after - read_before,
-        time.perf_counter() - started,
-        capture.excluded,
-        file.backlog(),
-        journal_of(file),
-    )
+    return done()
+
+
+class _Bodies:
+    """The bodies of a diff's pages, unless they are more than `most` bytes: then `all` is None."""
+
+    def __init__(self, most: int) -> None:
+        self.all: list[bytes] | None = [] if most else None
+        self._left = most
+
+    def add(self, body: bytes) -> None:
+        self._left -= len(body)
+        if self._left < 0:
+            self.all = None
+        elif self.all is not None:
+            self.all.append(body)
 
 
 def _bound_journal(file: SystemFile, order: Order) -> None:
@@ -173,7 +206,7 @@ def _changes(capture: Capture) -> Iterator[Change]:
     return compare(capture.old, capture.new, capture.touched, capture.ranges)
 
 
-def _journal(file: SystemFile, capture: Capture, order: Order) -> int:
+def _journal(file: SystemFile, capture: Capture, order: Order, bodies: _Bodies) -> int:
     """Write the diff's pages; returns the number of changes."""
     encoded = (
         encode_bytes(c, capture.content(c.ident, c.path) if c.type is FileType.FILE and c.after is not None else None)
@@ -182,18 +215,20 @@ def _journal(file: SystemFile, capture: Capture, order: Order) -> int:
     count = 0
     for number, chunk in enumerate(chunks(encoded, order.chunk_limit), 1):
         file.add_page(capture.seq, number, chunk.count, chunk.data)
+        bodies.add(chunk.data)
         count += chunk.count
     return count
 
 
-def _record(file: SystemFile, backend: Backend, capture: Capture, order: Order, changes: int, head: int | None) -> None:
+def _record(
+    file: SystemFile, backend: Backend, capture: Capture, order: Order, changes: int, head: int | None
+) -> DiffRow:
     backend.commit(capture)
     pages = file.page_count(capture.seq)
     common = (order.now_ns, order.trigger, order.volume)
-    file.add(
-        SnapshotRow(capture.seq, *common, changes, backend.consistency, capture.snapshot),
-        DiffRow(capture.seq, head, *common, backend.consistency, capture.snapshot, changes, pages, order.chunk_limit),
-    )
+    diff = DiffRow(capture.seq, head, *common, backend.consistency, capture.snapshot, changes, pages, order.chunk_limit)
+    file.add(SnapshotRow(capture.seq, *common, changes, backend.consistency, capture.snapshot), diff)
+    return diff
 
 
 def sweep(visit: Visit) -> int:
