@@ -12,7 +12,7 @@ STAMP := .venv/stamp
 JOBS ?= 3
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup packages brokers demo test check bench soak clean
+.PHONY: help setup packages brokers peers demo test check bench soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,12 +27,20 @@ packages:
 brokers:
 	@.ci/packages requirements/debian-brokers.txt || echo "test: going on without these brokers" >&2
 
+# Only `make bench` needs these; a row whose peer cannot be had says so.
+peers:
+	@.ci/packages requirements/debian-bench.txt || echo "bench: going on without these peers" >&2
+
 # A .venv whose Python has gone (an upgrade of the system) is made again.
 ifeq ($(shell test -x $(BIN)/python && echo there),)
 .PHONY: $(STAMP)
 endif
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt) .ci/venv | packages
 	@.ci/venv
+	@touch $@
+
+$(STAMP)-bench: requirements/bench.txt $(STAMP)
+	@.ci/venv bench
 	@touch $@
 
 demo: setup ## show it: partitions, work on them, the changes as they arrive (real partitions as root)
@@ -47,7 +55,7 @@ check: setup ## lint, format, types, and who may import whom
 	@echo "mypy"; $(BIN)/mypy --no-error-summary
 	@echo "imports"; $(BIN)/python -m pytest --quiet --no-header --no-summary -p no:cacheprovider tests/test_imports.py
 
-bench: setup ## measure, results in bench/results/ (FULL=1 for full sizes)
+bench: setup peers $(STAMP)-bench ## measure side by side with others (root): bench/results/local/table.md (FULL=1: a million files)
 	@$(BIN)/python -m bench $(ARGS)
 
 soak: setup ## hours of random work and faults
