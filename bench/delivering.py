@@ -14,7 +14,6 @@ import paho.mqtt.client as paho
 from broker_processes import Broker, mosquitto
 from partitions import partition, wait_until
 
-
 from . import peers
 from .process import cpu, memory, reset_peak, wait_quiet
 from .row import Figure, Goal, Row, Series, percentile
