@@ -146,7 +146,7 @@ class Table:
             ),
         )  # fmt: skip
 
-    def set_clone(self, ident: Ident, clone: int) -> None:
+    def set_clone(self, ident: Ident, clone: int | None) -> None:
         self.db.execute("UPDATE inode SET clone = ? WHERE ino = ? AND gen = ?", (clone, *ident))
 
     def drop(self, ident: Ident) -> None:

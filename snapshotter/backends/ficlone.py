@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import islice
+from typing import NamedTuple
 
 from comparer.dirty import Dirty
 from comparer.extents import changed_ranges
@@ -22,7 +23,7 @@ from snapshotter.linux.writeback import start_writeback
 from snapshotter.live import LiveTree
 from snapshotter.look import Outcome
 from snapshotter.scan import WALK, Progress, Scan
-from snapshotter.table import Overlay, Table
+from snapshotter.table import Overlay, Table, load_time
 
 from .base import SYSTEM_DIR, Capture
 from .metadata import MetadataBackend, content_may_differ, no_progress
@@ -40,6 +41,19 @@ _SKIP = (
     errno.ENXIO,
     errno.EAGAIN,
 )  # swap files, DAX, immutable oddities
+
+_PAGE = 1024  # rows of the table
+_FILE = f"mode & {stat.S_IFMT(0o777777)} = {stat.S_IFREG}"
+_FILES = f"SELECT ino, gen, nlink, ctime_ns, size FROM inode WHERE ino > ? AND {_FILE} ORDER BY ino LIMIT {_PAGE}"  # noqa: S608
+_CLONED = f"UPDATE inode SET clone = ? WHERE ino BETWEEN ? AND ? AND {_FILE}"  # noqa: S608
+
+
+class _Seen(NamedTuple):
+    """What tells whether a file has stood still, out of its Attr."""
+
+    nlink: int
+    ctime_ns: int
+    size: int
 
 
 def clone_path(seq: int, ident: Ident) -> bytes:
@@ -64,6 +78,8 @@ class FicloneBackend(MetadataBackend):
         self.max_extents = max_extents
         self.skipped: list[Ident] = []
         self._made: dict[Ident, int | None] = {}  # this capture's clones; None: no content is kept
+        self._everything: int | None = None  # of a baseline: all files were cloned for this snapshot,
+        self._without: set[Ident] = set()  # but for these
         self._clones_fd: int | None = None
 
     # ---- taking clones
@@ -79,17 +95,31 @@ class FicloneBackend(MetadataBackend):
         outcome.view.attrs.update(self._take(seq, [(i, outcome.view.attrs[i]) for i in wanted], outcome.again))
 
     def _take_everything(self, seq: int, outcome: Outcome) -> None:
-        rows = self.table.db.execute(
-            "SELECT ino, gen FROM inode WHERE mode & ? = ?", (0o170000, stat.S_IFREG)
-        ).fetchall()
-        idents = [Ident(*row) for row in rows]
-        for ident, attr in self._take(seq, ((i, self.table.attr(i)) for i in idents), outcome.again).items():
-            self.table.put(ident, attr, None)
-        for ident, clone in self._made.items():
-            if clone is not None:
-                self.table.set_clone(ident, clone)
+        """A page of the table at a time: neither it nor what was cloned is ever in memory as a whole."""
+        after, done, full = -1, 0, True
+        while full:
+            rows = self.table.db.execute(_FILES, (after,)).fetchall()
+            full = len(rows) == _PAGE
+            if not rows:
+                break
+            wanted = [
+                (Ident(ino, gen), _Seen(nlink, load_time(ctime) or 0, size)) for ino, gen, nlink, ctime, size in rows
+            ]
+            moved = self._take(seq, wanted, outcome.again)
+            for ident, attr in moved.items():
+                self.table.put(ident, attr, None)
+            first, after = rows[0][0], rows[-1][0]
+            self.table.db.execute(_CLONED, (seq, first, after))
+            without = [ident for ident, clone in self._made.items() if clone is None]
+            for ident in without:
+                self.table.set_clone(ident, None)
+            self._without.update(without)
+            self._made.clear()
+            done += len(rows)
+            self.progress(done)
+        self._everything = seq
 
-    def _take(self, seq: int, wanted: Iterable[tuple[Ident, Attr | None]], again: Dirty) -> dict[Ident, Attr]:
+    def _take(self, seq: int, wanted: Iterable[tuple[Ident, "Attr | _Seen | None"]], again: Dirty) -> dict[Ident, Attr]:
         """Clone files; returns the attributes of those that changed since they were looked at.
 
         FICLONE waits until the file's dirty pages are written. That is begun for a group of files before the first is cloned:
@@ -97,7 +127,6 @@ class FicloneBackend(MetadataBackend):
         """
         moved: dict[Ident, Attr] = {}
         directory = None
-        number = 0
         files = iter(wanted)
         try:
             while group := list(islice(files, _GROUP)):
@@ -109,20 +138,17 @@ class FicloneBackend(MetadataBackend):
                     for (ident, attr), source in zip(group, sources, strict=True):
                         assert attr is not None  # noqa: S101 - only what lives is wanted
                         taken, still = self._clone(directory, ident, attr, source)
-                        if taken is not attr:
+                        if taken is not attr and isinstance(taken, Attr):
                             moved[ident] = taken
                         self._made[ident] = seq if still is not None else None
                         if still is False:
                             again.objects.add(ident)
-                number += len(group)
-                if number % 256 == 0:
-                    self.progress(number)
         finally:
             if directory is not None:
                 os.close(directory)
         return moved
 
-    def _open(self, ident: Ident, attr: Attr | None, stack: contextlib.ExitStack) -> int | None:
+    def _open(self, ident: Ident, attr: "Attr | _Seen | None", stack: contextlib.ExitStack) -> int | None:
         """A file to be cloned, open until the stack is unwound, its dirty pages on their way; None if it is gone."""
         source = self.tree.open_file(ident) if attr is not None and attr.nlink else None
         if source is not None:
@@ -130,7 +156,9 @@ class FicloneBackend(MetadataBackend):
             start_writeback(source)
         return source
 
-    def _clone(self, directory: int, ident: Ident, attr: Attr, source: int | None) -> tuple[Attr, bool | None]:
+    def _clone(
+        self, directory: int, ident: Ident, attr: "Attr | _Seen", source: int | None
+    ) -> tuple["Attr | _Seen", bool | None]:
         """Clone one file. Returns its attributes at that moment, and whether they stood still (None: no clone was made).
 
         Content and attributes are of one moment: if the file changes while it is cloned, again. Of one that never stands still
@@ -156,6 +184,7 @@ class FicloneBackend(MetadataBackend):
             if after is None:
                 return attr, False
             attr = after
+        assert isinstance(attr, Attr)  # noqa: S101 - it was looked at again
         size = os.stat(label, dir_fd=directory, follow_symlinks=False).st_size
         return replace(attr, size=size), False
 
@@ -215,6 +244,8 @@ class FicloneBackend(MetadataBackend):
     def _clone_of(self, ident: Ident) -> int | None:
         if ident in self._made:
             return self._made[ident]
+        if self._everything is not None:
+            return None if ident in self._without else self._everything
         return self.table.clone(ident)
 
     def _content_of(self, view: Overlay | Table) -> Callable[[Ident, bytes], bytes | None]:
