@@ -3,18 +3,22 @@
 import contextlib
 import os
 import uuid
-from dataclasses import replace
+from collections.abc import Iterator
 
 from comparer.errors import OperatorError
 
 from . import witness
 from .backends.base import SYSTEM_DIR
 from .backends.btrfs import BtrfsBackend
+from .linux.lock import locked
 from .partition import PSEUDO, Partition, is_adopted
 from .systemfile import SYSTEM_FILE, Settings, SystemFile
 
 IO_THRESHOLD = 64 << 20  # bytes
 TIME_THRESHOLD = 60.0  # seconds
+_FRESH = b"-new"
+_ASIDE = b"damaged-"
+_SUFFIXES = (b"", b"-wal", b"-shm", b"-journal")
 
 
 def adopt(
@@ -28,21 +32,48 @@ def adopt(
         raise OperatorError(
             f"{shown!r} is a file system of the kernel's own ({partition.fs_type}); give one that holds data"
         )
-    settings = Settings(
-        str(uuid.uuid4()), partition.uuid or str(uuid.uuid4()), partition.kind, io_threshold, time_threshold, now_ns
-    )
-    try:
+    settings = _settings(partition, now_ns, io_threshold, time_threshold)
+    with _telling(partition):
         root = os.open(partition.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _system_directory(partition, root)
         finally:
             os.close(root)
-        SystemFile.create(partition.system_file, settings).close()
-        witness.write(os.path.dirname(partition.system_file), witness.Witness(settings.epoch, 0))
+        with locked(os.path.dirname(partition.system_file)) as directory:
+            if is_adopted(partition.path):
+                raise OperatorError(f"{shown!r} was adopted by somebody else at the same time")
+            os.rename(_fresh(partition, settings), partition.system_file)
+            os.fsync(directory)
+    return settings
+
+
+@contextlib.contextmanager
+def _telling(partition: Partition) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         remedy = "run as root" if isinstance(error, PermissionError) else "mount it writable and with space left"
+        shown = os.fsdecode(partition.path)
         raise OperatorError(f"{shown!r}: cannot create the system directory: {error.strerror}; {remedy}") from error
-    return settings
+
+
+def _fresh(partition: Partition, settings: Settings) -> bytes:
+    """A whole system file beside the place where it belongs, so that one who is killed leaves a whole one there or none.
+
+    Its witness is there before it is: a file that is to be set aside is not believed from then on.
+    """
+    fresh = partition.system_file + _FRESH
+    for suffix in _SUFFIXES:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh + suffix)
+    SystemFile.create(fresh, settings).close()
+    witness.write(os.path.dirname(partition.system_file), witness.Witness(settings.epoch, 0))
+    return fresh
+
+
+def _settings(partition: Partition, now_ns: int, io_threshold: int, time_threshold: float) -> Settings:
+    epoch, named = str(uuid.uuid4()), partition.uuid or str(uuid.uuid4())
+    return Settings(epoch, named, partition.kind, io_threshold, time_threshold, now_ns)
 
 
 def _system_directory(partition: Partition, root: int) -> None:
@@ -58,13 +89,51 @@ def _system_directory(partition: Partition, root: int) -> None:
 def quarantine(partition: Partition, now_ns: int, io_threshold: int, time_threshold: float) -> tuple[Settings, str]:
     """Set a damaged system file aside (never delete it) and make a new one: a new epoch, to begin with a baseline.
 
-    Returns the new settings and the path of the old file.
+    Returns the new settings and the path of the old file. Raises OperatorError. There is a system file at every moment: without
+    one, a daemon that starts again would take the partition for one that was never adopted.
     """
-    directory = os.path.dirname(partition.system_file)
-    aside = os.path.join(directory, b"damaged-%d" % now_ns)
-    os.mkdir(aside, 0o700)
-    for suffix in (b"", b"-wal", b"-shm", b"-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(partition.system_file + suffix, os.path.join(aside, SYSTEM_FILE + suffix))
-    settings = adopt(replace(partition), now_ns, io_threshold, time_threshold)
+    file, directory = partition.system_file, os.path.dirname(partition.system_file)
+    settings = _settings(partition, now_ns, io_threshold, time_threshold)
+    with _telling(partition), locked(directory) as fd:
+        aside = _aside(partition, now_ns)
+        fresh = _fresh(partition, settings)
+        for suffix in _SUFFIXES[1:]:  # a log that lay beside the new file would be taken for its own
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(file + suffix, os.path.join(aside, SYSTEM_FILE + suffix))
+        _keep(file, os.path.join(aside, SYSTEM_FILE))
+        os.rename(fresh, file)
+        os.fsync(fd)
     return settings, os.fsdecode(aside)
+
+
+def _keep(file: bytes, aside: bytes) -> None:
+    """Give a file a second name; where that cannot be, another one."""
+    try:
+        os.link(file, aside)
+    except FileExistsError:
+        pass  # by one who was killed
+    except FileNotFoundError:
+        pass  # somebody took it away
+    except OSError:
+        os.rename(file, aside)
+
+
+def _aside(partition: Partition, now_ns: int) -> bytes:
+    """The directory that one who was killed had begun to fill, else a new one."""
+    directory = os.path.dirname(partition.system_file)
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if name.startswith(_ASIDE) and os.path.isdir(path) and not os.path.islink(path):
+            kept = os.path.join(path, SYSTEM_FILE)
+            if not os.path.lexists(kept) or _same(kept, partition.system_file):
+                return path
+    path = os.path.join(directory, _ASIDE + b"%d" % now_ns)
+    os.mkdir(path, 0o700)
+    return path
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    try:
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    except FileNotFoundError:
+        return False

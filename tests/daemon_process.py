@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,16 +57,22 @@ class Daemon:
         self.env = environment(SNAPFEED_SOCKET=str(self.socket), **env)
         self.arguments = arguments
         self.process: subprocess.Popen | None = None
+        self.ready = 0.0  # seconds that the last start took
 
     # ---- life
 
     def start(self, *, ready: bool = True) -> None:
+        started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*CLI, "run", *self.arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=self.env
+                self.command_line(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=self.env
             )
         if ready:
             self.wait_ready()
+            self.ready = time.monotonic() - started
+
+    def command_line(self) -> list[str | Path]:
+        return [*CLI, "run", *self.arguments]
 
     @property
     def pid(self) -> int:
@@ -167,10 +174,12 @@ def daemon(
     io: str = "1GiB",
     time: str = "1h",
     env: dict[str, str] | None = None,
+    kind: type[Daemon] = Daemon,
 ) -> Iterator[Daemon]:
     """The daemon for some mount points, its state in a directory below `directory`.
 
-    `config` is the text of its configuration. `broker` goes on the command line. `io` and `time` are the thresholds.
+    `config` is the text of its configuration. `broker` goes on the command line. `io` and `time` are the thresholds. `kind` is
+    the class that starts it.
     """
     place = directory / "daemon"
     place.mkdir()
@@ -183,7 +192,7 @@ def daemon(
     arguments += ["--config", place / "snapfeed.toml"]
     if broker is not None:
         arguments += ["--broker", broker]
-    made = Daemon(place, [*arguments, *mounts], env or {})
+    made = kind(place, [*arguments, *mounts], env or {})
     try:
         if started:
             made.start()

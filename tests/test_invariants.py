@@ -2,7 +2,7 @@
 
 1 replay                   steps that are easily put in a wrong order; a tree also of what was seen in motion
 2 events are hints         a loss demotes no other partition; what no event tells is found
-3 durable before public    killed at every write; a power cut; a stranger's system file; the cursor waits for the PUBACK
+3 durable before public    a stranger's system file; the cursor waits for the PUBACK; and test_kill_points.py, test_power_cut.py
 4 own writes invisible     what happens in the system directory; low thresholds and idleness; volume
 5 cost                     system calls of a snapshot do not grow with what exists
 6 no guess                 an error at any system call; content, consistency and quality are what they say
@@ -311,65 +311,6 @@ def test_what_no_event_tells_is_found(xfs, tmp_path, trigger):
 
 
 # ---- 3: durable before public
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("fs", ["xfs", "btrfs"])
-def test_killed_at_every_write(fs, tmp_path):
-    with partition(fs, tmp_path) as part, feeding(part.path, tmp_path, io="1GiB") as feed:
-        snapfeed, killed = feed.snapfeed, 0
-
-        def survives(*inject):
-            """Whether a snapshot is taken, and the daemon lives."""
-            with strace(snapfeed.pid, tmp_path / "trace", *inject), contextlib.suppress(AssertionError, OSError):
-                snapfeed.snapshot()
-                return True
-            return False
-
-        for call, step in (("pwrite64", 5), ("fdatasync", 1), ("setxattr", 1)):
-            number = 1
-            while True:
-                (part.path / f"{call}{number}").write_text("x")
-                (part.path / "twice").write_text(f"{call}{number}")
-                feed.quiet()
-                alive = survives("-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={number}")
-                snapfeed.kill()
-                snapfeed.start()
-                feed.exact()
-                if alive:
-                    break
-                killed += 1
-                number += step
-        assert killed >= (3 if fs == "btrfs" else 5)
-        assert sum(bool(d.get("baseline")) for d in feed.consumer.diffs) == 1
-        assert "Traceback" not in snapfeed.output()
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("fs", DISKS)
-def test_a_power_cut_takes_nothing_back(fs, tmp_path):
-    """The disk as it is at the instant when consumers have a diff: a clone of its image."""
-    with (
-        partition("xfs", tmp_path, "1G") as below,
-        partition(fs, below.path, "320M") as part,
-        feeding(part.path, tmp_path) as feed,
-    ):
-        disk = part.image
-        for number in range(2):
-            (part.path / f"file{number}").write_text("x")
-            feed.until(feed.snapfeed.snapshot())
-            now, disk = disk, Path(f"{part.image}.{number}")
-            run("cp", "--reflink=always", now, disk)
-            head = feed.consumer.head
-            feed.snapfeed.kill()
-            part.umount()
-            run("mount", "-o", "loop", disk, part.path)
-            feed.snapfeed.start()
-            wait_until(lambda: feed.snapfeed.partition()["head"], "it has looked")
-            answer = feed.exact()
-            assert answer["epoch"] == head[0]
-            assert answer["seq"] >= head[1]
-        assert sum(bool(d.get("baseline")) for d in feed.consumer.diffs) == 1
 
 
 def order(dirty=None):

@@ -236,3 +236,24 @@ def test_the_daemon_begins_a_new_epoch(fs, tmp_path):
         kept = [p for p in (part.path / ".snapfeed").iterdir() if p.name.startswith("damaged-")]
         assert len(kept) == len(damages)
         assert "kept aside" in feed.output()
+
+
+@pytest.mark.kernel
+def test_a_damaged_one_on_a_full_partition_does_not_stop_the_daemon(tmp_path):
+    """It cannot be set aside; that partition waits, and goes on by itself once there is space."""
+    with partition("ext4", tmp_path, "64M") as part, daemon(tmp_path, part.path) as snapfeed:
+        wait_until(lambda: snapfeed.partition()["head"], "the first snapshot")
+        epoch = snapfeed.partition()["epoch"]
+        snapfeed.kill()
+        with (part.path / ".snapfeed/system.db").open("r+b") as file:
+            file.write(b"\xff" * 4096)
+        with (part.path / "large").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        snapfeed.start()
+        found = wait_until(lambda: (p := snapfeed.partition())["state"] == "failed" and p, "it has failed")
+        assert "space" in found["reason"] or "full" in found["reason"], found
+        (part.path / "large").unlink()
+        wait_until(lambda: snapfeed.partition()["head"], "it goes on")
+        assert snapfeed.partition()["epoch"] != epoch
+        assert "Traceback" not in snapfeed.output()

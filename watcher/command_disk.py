@@ -10,6 +10,7 @@ import time
 from comparer.errors import OperatorError
 from snapshotter import format as formatting
 from snapshotter.adopt import adopt
+from snapshotter.linux.namespaces import private_mounts
 from snapshotter.partition import Partition, partition_at
 from snapshotter.systemfile import Settings
 
@@ -36,24 +37,30 @@ def format_device(options: argparse.Namespace) -> int:
     if not options.yes and not _confirmed(f"Format {what}?"):
         raise OperatorError("nothing was changed; answer `yes`, or give --yes")
     formatting.make(device, options.fs, options.label)
+    settings, partition = _adopted_in_private(device, options)
     if options.mount:
         formatting.mount(device, options.fs, options.mount)
         partition = partition_at(options.mount)
-        settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
-        _say(options, partition, settings, options.device)
-        return 0
-    directory = tempfile.mkdtemp(prefix="snapfeed-")
-    try:
-        formatting.mount(device, options.fs, directory)
-        try:
-            partition = partition_at(directory)
-            settings = adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold)
-        finally:
-            formatting.unmount(directory)
-    finally:
-        os.rmdir(directory)  # never more than that: it may be mounted still
     _say(options, partition, settings, options.device)
     return 0
+
+
+def _adopted_in_private(device: str, options: argparse.Namespace) -> tuple[Settings, Partition]:
+    """Mounted where nobody sees it, on top of the directory for temporary files: whoever is killed meanwhile leaves no mount.
+
+    Raises OperatorError.
+    """
+    place = os.path.realpath(tempfile.gettempdir())
+    try:
+        with private_mounts():
+            formatting.mount(device, options.fs, place)
+            try:
+                partition = partition_at(place)
+                return adopt(partition, time.time_ns(), options.io_threshold, options.time_threshold), partition
+            finally:
+                formatting.unmount(place)
+    except OSError as error:
+        raise OperatorError(f"{device}: formatted, but cannot be mounted: {error.strerror}; run as root") from error
 
 
 def _bytes(device: str) -> int:

@@ -284,7 +284,11 @@ class Pipeline:
                 await self._until_mounted()
                 failures = 0
             except DamageError as error:
-                await self._set_aside(error)
+                try:
+                    await self._set_aside(error)
+                except (SnapfeedError, OSError) as trouble:  # a partition that is full, for example
+                    await self._wait(failures, trouble)
+                    failures += 1
             except (TransientError, OSError) as error:
                 if not self._mounted():
                     self._stop_following("unmounted", "not mounted")

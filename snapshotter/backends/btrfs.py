@@ -70,19 +70,18 @@ class BtrfsBackend:
         try:
             there = os.stat(SYSTEM_DIR, dir_fd=root, follow_symlinks=False)
         except FileNotFoundError:
-            pass
+            btrfs.subvol_create_v2(root, SYSTEM_DIR)
         else:
-            if there.st_ino == btrfs.BTRFS_FIRST_FREE_OBJECTID and stat.S_ISDIR(there.st_mode):
-                return
-            if there.st_ino != btrfs.BTRFS_EMPTY_SUBVOL_DIR_OBJECTID:
+            if there.st_ino == btrfs.BTRFS_EMPTY_SUBVOL_DIR_OBJECTID:
+                os.rmdir(SYSTEM_DIR, dir_fd=root)  # the partition is itself a writable snapshot of an adopted one
+                btrfs.subvol_create_v2(root, SYSTEM_DIR)
+            elif there.st_ino != btrfs.BTRFS_FIRST_FREE_OBJECTID or not stat.S_ISDIR(there.st_mode):
                 raise OperatorError(
                     f"{os.fsdecode(SYSTEM_DIR)} exists and is not a btrfs subvolume, so it would be in every snapshot: "
                     "move it away and let it be made again"
                 )
-            os.rmdir(SYSTEM_DIR, dir_fd=root)  # the partition is itself a writable snapshot of an adopted one
-        btrfs.subvol_create_v2(root, SYSTEM_DIR)
         system = os.open(SYSTEM_DIR, _FLAGS, dir_fd=root)
-        try:
+        try:  # also of one that is there: whoever made it may have been killed
             os.fchown(system, 0, 0)
             os.fchmod(system, 0o700)
         finally:
