@@ -38,13 +38,17 @@ def differences(before: Attr, after: Attr, ranges: ByteRanges | None) -> tuple[s
     return tuple(found)
 
 
-def baseline(view: View) -> Iterator[Change]:
-    """A whole state as changes: the root as a `modify` with nothing before, then everything, directories first."""
+def baseline(view: View, several: Callable[[], Collection[Ident]] = tuple) -> Iterator[Change]:
+    """A whole state as changes: the root as a `modify` with nothing before, then everything, directories first.
+
+    An object that has one name by its link count, and more in the state, as one that was seen in motion, must be among `several`.
+    """
     root = view.attr(view.root)
     if root is None:
         raise ValueError("the state has no root directory")
     yield Change(Op.MODIFY, view.root, FileType.DIR, b"", after=root)
     first_names: dict[Ident, bytes] = {}
+    seen_twice = frozenset(several())
     stack = [(b"", view.root)]
     while stack:
         prefix, directory = stack.pop()
@@ -59,7 +63,7 @@ def baseline(view: View) -> Iterator[Change]:
             yield Change(Op.CREATE, ident, attr.type, path, after=attr)
             if attr.type is FileType.DIR:
                 stack.append((path + b"/", ident))
-            elif attr.nlink > 1:
+            elif attr.nlink > 1 or ident in seen_twice:
                 first_names[ident] = path
 
 

@@ -302,7 +302,12 @@ class Publisher:
         if self._group is None or self._connection is None or self._stop.is_set():
             return
         lane = Lane(outbox, self._topic(key), self._stats(key), self._on_status, self._backoff())
-        task = self._group.create_task(lane.run(self._connection, self.stats.packet or self._packet))
+        work = lane.run(self._connection, self.stats.packet or self._packet)
+        try:
+            task = self._group.create_task(work)
+        except RuntimeError:  # this connection is lost, and what worked on it is ending: the next one opens all lanes
+            work.close()
+            return
         self._lanes[key] = (lane, task)
 
     def _cancel_lane(self, key: _Key) -> None:

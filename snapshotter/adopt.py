@@ -12,6 +12,7 @@ from .backends.base import SYSTEM_DIR
 from .backends.btrfs import BtrfsBackend
 from .linux.lock import locked
 from .partition import PSEUDO, Partition, is_adopted
+from .root import open_system
 from .systemfile import SYSTEM_FILE, Settings, SystemFile
 
 IO_THRESHOLD = 64 << 20  # bytes
@@ -92,6 +93,11 @@ def quarantine(partition: Partition, now_ns: int, io_threshold: int, time_thresh
     Returns the new settings and the path of the old file. Raises OperatorError. There is a system file at every moment: without
     one, a daemon that starts again would take the partition for one that was never adopted.
     """
+    root = os.open(partition.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.close(open_system(root, os.fsdecode(partition.path), strict=partition.kind == "partition"))
+    finally:
+        os.close(root)
     file, directory = partition.system_file, os.path.dirname(partition.system_file)
     settings = _settings(partition, now_ns, io_threshold, time_threshold)
     with _telling(partition), locked(directory) as fd:

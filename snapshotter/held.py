@@ -58,8 +58,12 @@ def _table(visit: Visit, db: sqlite3.Connection) -> Held:
 
 @contextlib.contextmanager
 def _subvolume(visit: Visit, seq: int) -> Iterator[SubvolumeView]:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    directory = os.open(SYSTEM_DIR + b"/" + SNAPSHOTS, flags, dir_fd=visit.root_fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    system = os.open(SYSTEM_DIR, flags, dir_fd=visit.root_fd)
+    try:
+        directory = os.open(SNAPSHOTS, flags, dir_fd=system)
+    finally:
+        os.close(system)
     try:
         view = SubvolumeView.open(directory, b"%d" % seq)
     finally:

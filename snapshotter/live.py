@@ -17,6 +17,7 @@ from comparer.model import Attr, FileType, Ident, file_type
 from .backends.base import SYSTEM_DIR
 from .linux.handles import Codec, open_by_handle_at
 from .linux.statx import Stat, statx
+from .root import open_system
 
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
 _ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -70,11 +71,10 @@ class LiveTree:
     def system_directory(self) -> int:
         """A descriptor of the system directory; ours. What is below it is root's alone, so that a path there cannot be swapped.
 
-        Raises OSError.
+        Raises OperatorError for what somebody has put in its place, OSError.
         """
         if self._system < 0:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._system = os.open(SYSTEM_DIR, flags, dir_fd=self.root_fd)
+            self._system = open_system(self.root_fd, "the partition")
         return self._system
 
     def close(self) -> None:
@@ -97,6 +97,20 @@ class LiveTree:
             if fd is None:
                 return None
             self._directories[ident] = fd
+        return fd
+
+    def enter(self, parent: int, name: bytes, ident: Ident) -> int | None:
+        """As `directory`, by its name in its parent, which may itself be on the move. None if the name leads elsewhere."""
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+        except OSError as error:
+            if error.errno in _GONE or error.errno == errno.ELOOP:
+                return None
+            raise
+        if self.identify(fd)[0] != ident:
+            os.close(fd)
+            return None
+        self._directories[ident] = fd
         return fd
 
     def _by_handle(self, ident: Ident, flags: int) -> int | None:

@@ -21,6 +21,7 @@ Progress = Callable[[int], None]
 REPORT_EVERY = 1024  # entries
 # Two ticks of the slowest kernel (100 Hz): what changed this shortly before it was looked at may change again unseen.
 GUARD_NS = 20_000_000
+_TRIES = 5
 
 
 class Scan(NamedTuple):
@@ -54,19 +55,29 @@ class Places:
         return components[::-1]
 
 
-def gone(tree: LiveTree, directory: Ident, places: Places) -> None:
-    """A directory that was seen cannot be opened: raises OSError unless it is no longer where it was seen.
+def reached(tree: LiveTree, directory: Ident, places: Places) -> int | None:
+    """A directory that was seen, as `tree.directory`; None if it is no longer where it was seen.
 
-    open_by_handle_at(2) answers ESTALE for every error, also where the disk cannot be read; a name tells which.
+    Raises OSError, ESTALE, if it is there and does not open: open_by_handle_at(2) answers ESTALE for every error, also where the
+    disk cannot be read; a name tells which. One that is moved away and back may be missed and then found there: tried again.
     """
-    place = places.name(directory)
-    if place is None:
-        return
-    parent = tree.directory(place.parent, places.path)
-    found = tree.look(parent, place.name) if parent is not None else None
-    if found is not None and found.ident == directory:
-        path = b"/".join(places.path(directory) or [place.name])
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+    for _ in range(_TRIES):
+        dirfd = tree.directory(directory, places.path)
+        if dirfd is not None:
+            return dirfd
+        place = places.name(directory)
+        if place is None:
+            return None
+        parent = tree.directory(place.parent, places.path)
+        found = tree.look(parent, place.name) if parent is not None else None
+        if parent is None or found is None or found.ident != directory:
+            return None
+        if tree.codec is None and (dirfd := tree.enter(parent, place.name, directory)) is not None:
+            return (
+                dirfd  # one of those above it is on the move, so that a path from the root leads there by chance only
+            )
+    path = b"/".join(places.path(directory) or [])
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
 def walk(tree: LiveTree, progress: Progress) -> Iterator[tuple[Name, Found]]:
@@ -76,10 +87,9 @@ def walk(tree: LiveTree, progress: Progress) -> Iterator[tuple[Name, Found]]:
     seen = 0
     while stack:
         directory = stack.pop()
-        dirfd = tree.directory(directory, places.path)
+        dirfd = reached(tree, directory, places)
         if dirfd is None:
-            gone(tree, directory, places)  # removed or moved since it was seen: an event tells
-            continue
+            continue  # removed or moved since it was seen: an event tells
         for name, _ in list(tree.list(dirfd)):
             found = tree.look(dirfd, name)
             if found is None:
@@ -146,9 +156,8 @@ def differences(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
     seen = 0
     while stack:
         directory = stack.pop()
-        dirfd = tree.directory(directory, places.path)
+        dirfd = reached(tree, directory, places)
         if dirfd is None:
-            gone(tree, directory, places)
             continue
         known = dict(table.children(directory))
         for name, _ in list(tree.list(dirfd)):
@@ -180,9 +189,10 @@ def _compare(tree: LiveTree, table: Table, dirfd: int, entry: Name, ident: Ident
     if not stat.S_ISDIR(now.mode) or now.dev != tree.dev or now.mount_root:
         return None
     try:
-        return tree.identify(dirfd, entry.name)[0]
+        below, now = tree.identify(dirfd, entry.name)
     except FileNotFoundError:
         return None
+    return below if stat.S_ISDIR(now.mode) else None  # something else has taken its name meanwhile
 
 
 WALK = Scan(fill, differences)

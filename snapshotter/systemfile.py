@@ -8,7 +8,7 @@ import contextlib
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, NamedTuple, Self
@@ -141,14 +141,17 @@ class SystemFile:
         return made
 
     @classmethod
-    def open(cls, path: bytes, *, check: bool = False) -> Self:
+    def open(cls, path: bytes, *, check: bool = False, opened_is: Callable[[], None] = lambda: None) -> Self:
         """Open one that exists. `check` reads it all and raises DamageError unless it is sound.
+
+        `opened_is` is called when the file is open and nothing of it was read or written; what it raises closes it.
 
         Raises OperatorError if it was written by a newer snapfeed, TransientError if it cannot be opened.
         """
         with translated(path):
             opened = cls(_connect(path, "rw"), path)
             try:
+                opened_is()
                 opened._prepare()
                 version = opened.db.execute("PRAGMA user_version").fetchone()[0]
                 if version > VERSION:

@@ -84,6 +84,13 @@ class Table:
             kind, size, blocks, permissions, uid, gid, nlink, mtime, ctime, btime, rdev, unpack_xattrs(xattrs), target
         )
 
+    def several(self) -> list[Ident]:
+        """What has more than one name here, and one by its link count: seen at both ends of a rename, each at its time."""
+        rows = self.db.execute(
+            "SELECT ino, gen FROM (SELECT ino FROM entry GROUP BY ino HAVING COUNT(*) > 1) JOIN inode USING (ino) WHERE nlink < 2"
+        )
+        return [Ident(*row) for row in rows.fetchall()]
+
     def current(self, ino: int) -> Ident | None:
         """The object that has this inode number in the state."""
         gen = self._gen(ino)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from comparer.model import Attr, FileType, Ident, Name, View
 
 from .live import CoveredError, LiveTree
-from .scan import GUARD_NS, REPORT_EVERY, Places, Progress, gone
+from .scan import GUARD_NS, REPORT_EVERY, Places, Progress, reached
 from .table import Table
 
 _IGNORED = "blocks"  # allocation is the file system's own business: it changes without a change time
@@ -64,9 +64,8 @@ class _Verification:
             if directory in listed:
                 continue  # moved while it was walked
             listed.add(directory)
-            dirfd = self._directory(directory)
+            dirfd = reached(self.tree, directory, self.places)
             if dirfd is None:
-                gone(self.tree, directory, self.places)
                 continue
             known = dict(self.view.children(directory))
             for name, _ in list(self.tree.list(dirfd)):

@@ -24,7 +24,7 @@ from .linux.handles import Codec, UnknownHandleError, name_to_handle_at, open_by
 from .linux.identity import Identifier
 from .live import LiveTree
 from .partition import Partition, uuid_of
-from .root import open_root
+from .root import open_root, open_system
 from .scan import WALK
 from .systemfile import SYSTEM_FILE, SystemFile
 from .table import Table
@@ -78,6 +78,16 @@ def _reflinks(root_fd: int) -> bool:
             os.close(fd)
             os.unlink(name, dir_fd=system)
         os.close(system)
+
+
+def _is_open(wanted: os.stat_result) -> bool:
+    """Whether one of this process's descriptors is of that file."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found = os.fstat(int(number))
+            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False
 
 
 class Visit:
@@ -137,7 +147,11 @@ class Visit:
 
     def _open_file(self, shown: str) -> SystemFile:
         try:
-            inside = os.stat(os.path.join(SYSTEM_DIR, SYSTEM_FILE), dir_fd=self.root_fd, follow_symlinks=False)
+            system = open_system(self.root_fd, shown, strict=self.partition.kind == "partition")
+            try:
+                inside = os.stat(SYSTEM_FILE, dir_fd=system, follow_symlinks=False)
+            finally:
+                os.close(system)
         except FileNotFoundError as error:
             raise OperatorError(
                 f"{shown!r} is not adopted (it has no system file); run `snapfeed init {shown}`"
@@ -146,11 +160,14 @@ class Visit:
             raise OperatorError(f"{shown!r}: no permission to its system file: run as its owner (root)") from error
         if os.fstatvfs(self.root_fd).f_flag & os.ST_RDONLY:
             raise TransientError(f"{shown!r} is mounted read-only; remount it writable")
-        file = SystemFile.open(self.partition.system_file, check=self._check)
-        try:
-            seen = os.stat(self.partition.system_file)
-            if (seen.st_dev, seen.st_ino) != (inside.st_dev, inside.st_ino):
+
+        def opened_is() -> None:
+            # by its descriptor: SQLite goes by a path, which may lead elsewhere for the moment in which it opens the file
+            if not _is_open(inside):
                 raise TransientError(f"{shown!r}: not mounted (another file system is seen there)")
+
+        file = SystemFile.open(self.partition.system_file, check=self._check, opened_is=opened_is)
+        try:
             settings = file.settings()
             if self.partition.uuid is not None and settings.uuid != self.partition.uuid:
                 raise DamageError(f"{shown!r}: its system file belongs to another partition ({settings.uuid})")

@@ -114,6 +114,14 @@ def test_a_baseline_into_nothing_gives_the_state(pair):
     assert replica.state() == tree.by_path()
 
 
+def test_a_baseline_creates_once_what_was_seen_at_both_ends_of_a_rename():
+    tree = Tree()
+    ident = tree.create(ROOT, b"from", FileType.SYMLINK)
+    tree.entries[Name(ROOT, b"to")] = ident  # and its link count is one
+    found = [(c.op, c.path, c.from_path) for c in baseline(tree, lambda: [ident])][1:]
+    assert found == [(Op.CREATE, b"from", None), (Op.LINK, b"to", b"from")]
+
+
 def test_equal_states_give_nothing():
     tree = Tree()
     tree.create(ROOT, b"a", FileType.FILE)

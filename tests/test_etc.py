@@ -102,7 +102,7 @@ def test_the_unit_is_valid(unit):
 
 
 def test_the_units_exposure_is_low(unit):
-    run("systemd-analyze", "security", "--offline=true", "--threshold=31", unit)
+    run("systemd-analyze", "security", "--offline=true", "--threshold=27", unit)
 
 
 def granted():

@@ -99,6 +99,38 @@ def test_broker_killed_in_mid_stream_loses_nothing(tmp_path):
         asyncio.run(scenario(broker, seen))
 
 
+def test_an_outbox_that_comes_while_a_connection_ends_is_published_on_the_next(tmp_path):
+    class Late(ListOutbox):
+        """Adds another one to the publisher while its own fetching is being cancelled."""
+
+        async def fetch(self, after, limit, count):
+            if not tried:
+                tried.append(True)
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    made.add(other)
+                    added.append(True)
+            return await super().fetch(after, limit, count)
+
+    tried, added, other = [], [], outbox("other", 5)
+
+    async def scenario(broker):
+        box = Late("data", outbox("data", 5).pages)
+        async with running(made):
+            made.add(box)
+            await eventually(lambda: tried, "it fetches")
+            await asyncio.to_thread(broker.kill)
+            await eventually(lambda: not made.connected, "the publisher notices")
+            assert added
+            await asyncio.to_thread(broker.start)
+            await eventually(lambda: box.done and other.done, "all pages are acknowledged")
+
+    with mosquitto(tmp_path) as broker:
+        made = publisher(broker.url)
+        asyncio.run(scenario(broker))
+
+
 def test_login_refused_then_allowed(tmp_path, caplog):
     async def scenario(broker):
         made = publisher(broker.url, config={"username": "edge7", "password": "secret"})

@@ -11,7 +11,7 @@ import sqlite3
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +23,7 @@ from feed.pages import Chunk, chunks
 from snapshotter.backends.base import SYSTEM_DIR
 from snapshotter.held import Held, copy_table, held
 from snapshotter.systemfile import SnapshotRow, translated
+from snapshotter.table import Table
 from snapshotter.visit import Visit
 
 SLICE = 0.1  # seconds of one visit
@@ -55,6 +56,9 @@ class _Now:
 
     def children(self, parent: Ident) -> Iterable[tuple[bytes, Ident]]:
         return list(self._view.children(parent))
+
+    def several(self) -> Collection[Ident]:
+        return self._view.several() if isinstance(self._view, Table) else ()
 
     def encoded(self, change: Change) -> bytes:
         assert self.held is not None  # noqa: S101 - as above
@@ -96,7 +100,9 @@ class Spool:
         except BaseException:  # a disk that is full is not to be filled by us
             self.remove(visit)
             raise
-        self._chunks = chunks((self._now.encoded(change) for change in baseline(self._now)), self._limit)
+        self._chunks = chunks(
+            (self._now.encoded(change) for change in baseline(self._now, self._now.several)), self._limit
+        )
         return self.row
 
     def step(self, visit: Visit) -> bool:

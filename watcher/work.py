@@ -19,6 +19,7 @@ from feed.pages import chunks
 from snapshotter.backends.base import Backend, Capture
 from snapshotter.retention import Limits, needed, prune, to_squash
 from snapshotter.systemfile import DiffRow, SnapshotRow, SystemFile
+from snapshotter.table import Table
 from snapshotter.visit import Visit
 
 from .live_outbox import LARGEST, Fresh
@@ -202,7 +203,7 @@ def bound_journal(file: SystemFile, order: Order) -> None:
 
 def _changes(capture: Capture) -> Iterator[Change]:
     if capture.old is None:
-        return baseline(capture.new)
+        return baseline(capture.new, capture.new.several if isinstance(capture.new, Table) else tuple)
     return compare(capture.old, capture.new, capture.touched, capture.ranges)
 
 

@@ -228,16 +228,28 @@ class FicloneBackend(MetadataBackend):
 
     def _directory(self, seq: int, *, make: bool = False) -> int | None:
         """`.snapfeed/clones/<seq>`; None if it does not exist."""
-        path = b"%b/%d" % (CLONES, seq)
+        return self._below(CLONES, b"%d" % seq, make=make)
+
+    def _below(self, *names: bytes, make: bool = False) -> int | None:
+        """A directory below the system directory; None if it does not exist."""
         system = self.tree.system_directory()
         if make:
-            for each in (CLONES, path):
+            for depth in range(1, len(names) + 1):
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(each, 0o700, dir_fd=system)
+                    os.mkdir(b"/".join(names[:depth]), 0o700, dir_fd=system)
         try:
-            return os.open(path, _DIRECTORY, dir_fd=system)
+            return os.open(b"/".join(names), _DIRECTORY, dir_fd=system)
         except FileNotFoundError:
             return None
+
+    def _forget(self, seq: int) -> None:
+        """Remove the directory of a snapshot's clones. Raises OSError: ENOTEMPTY."""
+        clones = self._below(CLONES)
+        if clones is not None:
+            try:
+                os.rmdir(b"%d" % seq, dir_fd=clones)
+            finally:
+                os.close(clones)
 
     # ---- what the snapshot says of content
 
@@ -306,11 +318,8 @@ class FicloneBackend(MetadataBackend):
         return sum(self._remove_all(seq) for seq in self._present() if seq > head)
 
     def _present(self) -> list[int]:
-        try:
-            fd = os.open(
-                SYSTEM_DIR + b"/" + CLONES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.tree.root_fd
-            )
-        except FileNotFoundError:
+        fd = self._below(CLONES)
+        if fd is None:
             return []
         try:
             return [int(name) for name in os.listdir(fd) if name.isdecimal()]
@@ -327,7 +336,7 @@ class FicloneBackend(MetadataBackend):
                 self._remove(directory, os.fsencode(name))
         finally:
             os.close(directory)
-        os.rmdir(b"%b/%b/%d" % (SYSTEM_DIR, CLONES, seq), dir_fd=self.tree.root_fd)
+        self._forget(seq)
         return len(names)
 
     def expire(self, root_fd: int, seqs: Iterable[int]) -> None:  # noqa: ARG002
@@ -345,5 +354,5 @@ class FicloneBackend(MetadataBackend):
             finally:
                 os.close(directory)
             with contextlib.suppress(OSError):  # others are still in use
-                os.rmdir(b"%b/%b/%d" % (SYSTEM_DIR, CLONES, seq), dir_fd=self.tree.root_fd)
+                self._forget(seq)
         self.table.db.execute("DELETE FROM spent_clone WHERE until <= ?", (oldest,))
