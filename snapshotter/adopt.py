@@ -115,7 +115,7 @@ def quarantine(partition: Partition, now_ns: int, io_threshold: int, time_thresh
 def _keep(file: bytes, aside: bytes) -> None:
     """Give a file a second name; where that cannot be, another one."""
     try:
-        os.link(file, aside)
+        os.link(file, aside, follow_symlinks=False)
     except FileExistsError:
         pass  # by one who was killed
     except FileNotFoundError:

@@ -76,8 +76,7 @@ def _subvolume(visit: Visit, seq: int) -> Iterator[SubvolumeView]:
 
 def copy_table(visit: Visit, path: bytes) -> None:
     """Copy the system file as it is now to `path`: where there is reflink, at no cost. Raises OSError, TransientError."""
-    with translated(visit.file.path):
-        visit.file.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    visit.file.checkpoint()
     source = os.open(visit.file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     visit.close_last(source)
     with open(path, "wb", opener=_private) as target:

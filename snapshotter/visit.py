@@ -7,6 +7,7 @@ as the visit lasts; visits are short.
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -90,6 +91,15 @@ def _is_open(wanted: os.stat_result) -> bool:
     return False
 
 
+def is_damaged(partition: Partition) -> bool:
+    """Whether a check of the whole system file finds damage: an error of the disk that has passed is none. Raises as Visit."""
+    try:
+        with Visit(partition, check=True):
+            return False
+    except DamageError:
+        return True
+
+
 class Visit:
     """Use as a context manager, in one thread. `file` is open, `root_fd` and `tree` show the partition as it is now.
 
@@ -158,6 +168,8 @@ class Visit:
             ) from error
         except PermissionError as error:
             raise OperatorError(f"{shown!r}: no permission to its system file: run as its owner (root)") from error
+        if not stat.S_ISREG(inside.st_mode):
+            raise DamageError(f"{shown!r}: its system file is not a file")
         if os.fstatvfs(self.root_fd).f_flag & os.ST_RDONLY:
             raise TransientError(f"{shown!r} is mounted read-only; remount it writable")
 

@@ -685,8 +685,8 @@ def test_a_partition_that_blocks_delays_no_other(fs, tmp_path):
 @pytest.mark.kernel
 def test_a_bug_that_one_partition_meets_is_its_own(xfs, ext4, tmp_path):
     with daemon(tmp_path, xfs.path, ext4.path, started=False) as snapfeed:
-        with contextlib.closing(sqlite3.connect(xfs.path / ".snapfeed/system.db")) as db, db:
-            db.execute("UPDATE meta SET value = 'soon' WHERE key = 'time_threshold'")  # what no version writes
+        with SystemFile.open(os.fsencode(xfs.path / ".snapfeed/system.db")) as file, file.transaction():
+            file.db.execute("UPDATE meta SET value = 'soon' WHERE key = 'time_threshold'")  # what no version writes
         snapfeed.start(ready=False)
         wait_until(
             lambda: snapfeed.socket.exists() and snapfeed.alive() and snapfeed.partition(xfs.path)["state"] == "failed",

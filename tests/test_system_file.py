@@ -151,11 +151,19 @@ def test_a_second_process_is_told(made):
             SystemFile.open(made).close()
 
 
+def made_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def test_a_newer_schema_is_refused_and_left_alone(made):
-    with contextlib.closing(sqlite3.connect(made)) as db:
-        db.execute("PRAGMA user_version = 999")
-    with pytest.raises(OperatorError, match="update snapfeed"):
-        SystemFile.open(made)
+    with SystemFile.open(made) as file, file.transaction():
+        file.db.execute("PRAGMA user_version = 999")
+    before = made_bytes(made)
+    for check in (False, True):
+        with pytest.raises(OperatorError, match="update snapfeed"):
+            SystemFile.open(made, check=check)
+    assert made_bytes(made) == before
 
 
 def test_none_there_is_not_made(tmp_path):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from comparer.dirty import Dirty
@@ -22,7 +23,7 @@ from snapshotter.adopt import quarantine
 from snapshotter.partition import Partition, still_mounted
 from snapshotter.retention import MOST_CONSUMERS, Limits
 from snapshotter.systemfile import ConsumerRow, Settings, SystemFile
-from snapshotter.visit import Abilities, Visit
+from snapshotter.visit import Abilities, Visit, is_damaged
 
 from .baselines import sweep_spools
 from .live_outbox import Fresh, LiveOutbox
@@ -114,6 +115,7 @@ class Pipeline:
         self._checked = 0.0
         self._again = 0
         self._busy = False
+        self._doubted = False
         self._closing = False
         self._clock = time.time_ns() - time.monotonic_ns()
 
@@ -167,11 +169,16 @@ class Pipeline:
 
     async def in_file(self, function: Callable[[SystemFile], T]) -> T:
         """Run a function over the open system file, in the partition's thread. Raises SnapfeedError."""
-        return await self._visit(lambda visit: function(visit.file))
+        return await self.in_visit(lambda visit: function(visit.file))
 
     async def in_visit(self, function: Callable[[Visit], T]) -> T:
         """Run a function over a visit to the partition, in the partition's thread. Raises SnapfeedError, OSError."""
-        return await self._visit(function)
+        try:
+            return await self._visit(function)
+        except DamageError:  # met by whoever reads: whether it is the system file's, a check of all of it tells
+            self._checked = -math.inf
+            self.reconcile("damage was met")
+            raise
 
     def envelope(self) -> Envelope:
         """What is the same for all pages of this partition. Raises TransientError while it is not there."""
@@ -285,8 +292,8 @@ class Pipeline:
                 failures = 0
             except DamageError as error:
                 try:
-                    await self._set_aside(error)
-                except (SnapfeedError, OSError) as trouble:  # a partition that is full, for example
+                    await self._damaged(error)
+                except (SnapfeedError, OSError) as trouble:
                     await self._wait(failures, trouble)
                     failures += 1
             except (TransientError, OSError) as error:
@@ -361,6 +368,15 @@ class Pipeline:
             self._closed(self.outbox)
             self.outbox = None
         self._fresh = True
+
+    async def _damaged(self, error: DamageError) -> None:
+        """Damage is set aside; what a check does not find may have been the disk's: only if it is met again without a success."""
+        damaged = await asyncio.get_running_loop().run_in_executor(self._executor, is_damaged, self.partition)
+        if not damaged and not self._doubted:
+            self._doubted = True
+            raise TransientError(f"{error} (but a check of all of it found no damage)")
+        await self._set_aside(error)
+        self._doubted = False
 
     async def _set_aside(self, error: DamageError) -> None:
         """A damaged store is kept aside; a new one begins a new epoch."""
@@ -516,6 +532,7 @@ class Pipeline:
         trigger = due.trigger
         if taken.lost and trigger in (Trigger.TIME, Trigger.VOLUME) and not silent and self._source is not None:
             trigger = Trigger.RECONCILE
+        check = time.monotonic() - self._checked >= self.rules.reconcile
         everything = Dirty(set(taken.objects), set(taken.written), set(taken.names), taken.lost, taken.events)
         lost_meanwhile: list[str] = []
 
@@ -539,7 +556,8 @@ class Pipeline:
 
         try:
             self._busy = True
-            done = await self._visit(lambda visit: self._take(visit, order, more, self._progress(loop), committed))
+            work = partial(self._take, order=order, more=more, progress=self._progress(loop), committed=committed)
+            done = await self._visit(work, check=check)
         except BaseException as error:
             self._dirty.merge(everything)
             self._volume.abandon()
@@ -598,7 +616,7 @@ class Pipeline:
     def _finish(self, done: Done, own: int, *, looked_at_everything: bool) -> None:
         self._volume.settle(own)
         self._own = 0
-        self._fresh = False
+        self._fresh = self._doubted = False
         self._again = done.again
         self._last = time.monotonic()
         if looked_at_everything:
