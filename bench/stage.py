@@ -54,6 +54,7 @@ class Measured(Daemon):
     """The real daemon, with the times of its phases written to a file (bench.phases) if `phases`."""
 
     phases: Path | None = None
+    patience = LONG
 
     def start(self, *, ready: bool = True) -> None:
         command = [sys.executable, "-m", "watcher.cli"]

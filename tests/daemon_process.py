@@ -51,6 +51,8 @@ def facts(*arguments: str | bytes | Path, **options) -> list:
 
 
 class Daemon:
+    patience = 60.0  # seconds for an answer
+
     def __init__(self, directory: Path, arguments: list[str | Path], env: dict[str, str]) -> None:
         self.socket = directory / "control.sock"
         self.log = directory / "daemon.log"
@@ -117,7 +119,7 @@ class Daemon:
     def ask(self, verb: str, **fields) -> list:
         """The control socket without the command line: the `data` of each answer. Raises AssertionError for an error."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(60)
+            connection.settimeout(self.patience)
             connection.connect(str(self.socket))
             connection.sendall(json.dumps({"verb": verb, "id": uuid.uuid4().hex, **fields}).encode() + b"\n")
             found = []

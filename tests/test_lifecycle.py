@@ -320,3 +320,29 @@ def test_a_mount_point_that_is_not_there_at_the_start(xfs, tmp_path):
         assert done.returncode == 1
         assert str(xfs.path) in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_two_daemons_for_one_partition(xfs, tmp_path):
+    """The second says who is in its way and touches nothing; it goes on by itself when the first has ended."""
+    (tmp_path / "second").mkdir()
+    with mosquitto(tmp_path) as broker, collector(broker, "snapfeed/#") as seen:
+        other = f'[broker]\nhost = "{HOST}2"\n'
+        with (
+            daemon(tmp_path, xfs.path, broker=broker.url) as first,
+            daemon(tmp_path / "second", xfs.path, broker=broker.url, config=other) as second,
+        ):
+            found = wait_until(
+                lambda: state_of(second, xfs) == "failed" and second.partition(xfs.path), "it says so", 5
+            )
+            assert "another snapfeed daemon" in found["reason"]
+            received = Received(seen, first.partition(xfs.path)["partition"])
+            for number in range(5):
+                (xfs.path / f"file{number}").write_text("x")
+                received.until(first.snapshot()["seq"])
+                received.consumer.compare(xfs.path)
+            head = received.consumer.head
+            assert first.stop() == 0
+            wait_until(lambda: state_of(second, xfs) == "watching", "it takes over", 35)
+            assert second.partition(xfs.path)["epoch"] == head[0]
+            (xfs.path / "after").write_text("x")
+            assert second.snapshot()["seq"] > head[1]

