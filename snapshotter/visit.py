@@ -199,6 +199,12 @@ class Visit:
         """Note beside the system file what was committed last, before anything of it is published. Raises OSError."""
         witness.write(self._system_directory, witness.Witness(self.file.settings().epoch, self.file.head() or 0))
 
+    def witness_late(self) -> None:
+        """Bear witness of a commit after which the daemon could not any more. Raises OSError."""
+        seen = witness.read(self._system_directory)
+        if seen is not None and seen.seq < (self.file.head() or 0):
+            self.bear_witness()
+
     def backend(self, progress: Callable[[int], None] = lambda _: None) -> Backend:
         """The snapshot backend for this visit."""
         if self.abilities.backend == "btrfs":

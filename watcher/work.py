@@ -105,7 +105,7 @@ def take(
     read_before, written_before = thread_io()
     file, backend = visit.file, visit.backend(progress)
     capture: Capture | None = None
-    recorded = False
+    recorded = committing = False
     forgotten: list[int] = []
     fresh: Fresh | None = None
     try:
@@ -127,9 +127,12 @@ def take(
                 recorded = True
             else:
                 backend.note(capture.again)
+            committing = True
     except BaseException:
-        if capture is not None:
+        if capture is not None and not committing:
             backend.discard(visit.root_fd, capture)
+        elif capture is not None:  # a commit that failed may be found to be one: `sweep` knows then
+            backend.release(capture)
         raise
     backend.release(capture)
 
@@ -233,7 +236,8 @@ def _record(
 
 
 def sweep(visit: Visit) -> int:
-    """Remove what an unfinished snapshot left; the number of things removed."""
+    """Remove what an unfinished snapshot left; the number of things removed. What was committed and not witnessed is now."""
+    visit.witness_late()
     kept = [row.seq for row in visit.file.snapshots()]
     backend = visit.backend()
     removed = backend.sweep(visit.root_fd, kept)

@@ -315,7 +315,14 @@ class FicloneBackend(MetadataBackend):
     def sweep(self, root_fd: int, kept: Collection[int]) -> int:  # noqa: ARG002
         """`kept` are the snapshots of the journal; a clone may be older, so it is the numbers above the head that are litter."""
         head = max(kept, default=0)
-        return sum(self._remove_all(seq) for seq in self._present() if seq > head)
+        removed = 0
+        for seq in self._present():
+            if seq > head:
+                removed += self._remove_all(seq)
+            else:
+                with contextlib.suppress(OSError):  # there are clones in it
+                    self._forget(seq)
+        return removed
 
     def _present(self) -> list[int]:
         fd = self._below(CLONES)
@@ -339,10 +346,21 @@ class FicloneBackend(MetadataBackend):
         self._forget(seq)
         return len(names)
 
+    def _sync(self) -> None:
+        """What was removed stays so after a power cut: whoever forgets that it had to be removed may do so now."""
+        clones = self._below(CLONES)
+        if clones is not None:
+            try:
+                os.fsync(clones)
+            finally:
+                os.close(clones)
+
     def expire(self, root_fd: int, seqs: Iterable[int]) -> None:  # noqa: ARG002
         """Remove the clones that no kept snapshot uses: replaced at `until`, and `until` is not after the oldest kept one."""
         oldest = max(seqs, default=0) + 1
         rows = self.table.db.execute("SELECT seq, ino, gen FROM spent_clone WHERE until <= ?", (oldest,)).fetchall()
+        if not rows:
+            return
         for seq in sorted({row[0] for row in rows}):
             directory = self._directory(seq)
             if directory is None:
@@ -355,4 +373,5 @@ class FicloneBackend(MetadataBackend):
                 os.close(directory)
             with contextlib.suppress(OSError):  # others are still in use
                 self._forget(seq)
+        self._sync()
         self.table.db.execute("DELETE FROM spent_clone WHERE until <= ?", (oldest,))
