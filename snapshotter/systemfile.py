@@ -296,8 +296,8 @@ class SystemFile:
                 raise
         if self._sums is not None:
             self._sums.wrote(committed=True)
-            if self._sums.pending() > _LOG:
-                with contextlib.suppress(TransientError, OperatorError, OSError):
+            with contextlib.suppress(TransientError, OperatorError, OSError):  # it is committed, whatever comes
+                if self._sums.pending() > _LOG:
                     self.checkpoint()
 
     # ---- settings
