@@ -27,7 +27,7 @@ def test_exact_at_every_quiet_point_and_flat(tmp_path):
 def samples(anon=lambda t: 40 * MIB, fds=lambda t: 30, host="steady", life=10**9):
     return [
         {"host": host, "t": float(t), "pid": t // life, "age": t % life, "rss": 60 * MIB, "pss": 50 * MIB,
-         "anon": anon(t), "fds": fds(t), "threads": 8, "journal": 5 * MIB, "kept": 12}
+         "anon": anon(t), "fds": fds(t), "threads": 8, "journal": 5 * MIB, "kept": 12, "spools": 0}
         for t in range(0, 3600, 5)
     ]  # fmt: skip
 
