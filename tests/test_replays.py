@@ -137,6 +137,28 @@ def test_a_baseline_that_cannot_begin_leaves_nothing(part, fails, monkeypatch):
     asyncio.run(scenario())
 
 
+def test_a_baseline_that_is_ended_before_its_first_step_leaves_nothing(ext4, monkeypatch):
+    """A task that is cancelled then runs no `finally`."""
+
+    async def scenario():
+        async with attached(ext4) as (pipeline, replays, _):
+            start = replays._start
+
+            def at_once(*arguments):
+                start(*arguments)
+                for running in replays._running.values():
+                    running.task.cancel()
+
+            monkeypatch.setattr(replays, "_start", at_once)
+            for _ in range(AT_ONCE + 1):
+                assert isinstance(await replays.baseline(pipeline, "one", time.time_ns()), dict)
+                await asyncio.sleep(0)
+                await replays.end_all()
+            assert (pipeline.pins, leftovers(ext4), replays.running("data")) == ({}, [], [])
+
+    asyncio.run(scenario())
+
+
 def test_nothing_of_one_epoch_is_written_into_the_next(ext4):
     adopt(ext4.path)
     part = partition_at(os.fsencode(ext4.path))

@@ -155,6 +155,7 @@ class Replays:
         self._running: dict[tuple[str, str], _Running] = {}
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
         self._making: Counter[str] = Counter()  # baselines under way, by partition
+        self._dropping: set[asyncio.Task[None]] = set()
         self.served = 0
 
     def running(self, partition: str) -> list[tuple[str, str]]:
@@ -215,11 +216,24 @@ class Replays:
                 if isinstance(error, OSError):
                     raise TransientError(f"{pipeline.name}: {describe(error)}") from error
                 raise
-            self._start(pipeline, consumer, "baseline", self._send_baseline(pipeline, consumer, spool, envelope))
+            begun: list[bool] = []
+
+            def never_began() -> None:
+                """A task that is cancelled before its first step runs no `finally`."""
+                if not begun:
+                    self._making[pipeline.name] -= 1
+                    self._dropping.add(task := asyncio.create_task(_drop(pipeline, spool)))
+                    task.add_done_callback(self._dropping.discard)
+
+            work = self._send_baseline(pipeline, consumer, spool, envelope, begun)
+            self._start(pipeline, consumer, "baseline", work, never_began)
         log.info("%s: %s gets the state of snapshot %d", pipeline.name, consumer, seq)
         return {"partition": pipeline.name, "epoch": envelope.epoch, "seq": seq, "topic": topic}
 
-    async def _send_baseline(self, pipeline: Pipeline, consumer: str, spool: Spool, envelope: Envelope) -> None:
+    async def _send_baseline(
+        self, pipeline: Pipeline, consumer: str, spool: Spool, envelope: Envelope, begun: list[bool]
+    ) -> None:
+        begun.append(True)
         try:
             more = True
             while more:
@@ -276,7 +290,9 @@ class Replays:
         if not lock.locked():
             self._turns.pop((pipeline.name, consumer), None)
 
-    def _start(self, pipeline: Pipeline, consumer: str, what: str, work: Any) -> None:
+    def _start(
+        self, pipeline: Pipeline, consumer: str, what: str, work: Any, after: Callable[[], None] = lambda: None
+    ) -> None:
         key = (pipeline.name, consumer)
         task = asyncio.create_task(work, name=f"{what} of {pipeline.name} for {consumer}")
         running = self._running[key] = _Running(task, what)
@@ -287,6 +303,7 @@ class Replays:
                 del self._running[key]
             if not done.cancelled() and (error := done.exception()) is not None:
                 log.warning("%s: %s for %s ended: %s", pipeline.name, what, consumer, describe(error))
+            after()
             pipeline.told()
 
         task.add_done_callback(ended)
@@ -298,6 +315,8 @@ class Replays:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        if self._dropping:
+            await asyncio.wait(set(self._dropping))
 
 
 async def _drop(pipeline: Pipeline, spool: Spool) -> None:
