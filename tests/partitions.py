@@ -5,6 +5,7 @@ SNAPFEED_REQUIRE_KERNEL=1 that skip is a failure.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -109,6 +110,18 @@ class Partition:
     def umount(self) -> None:
         """Unmount as a user would; somebody's short visit (EBUSY) is waited for."""
         wait_until(lambda: run("umount", self.path, check=False).returncode == 0, f"umount {self.path}", 10)
+        # The file system lives on while it is mounted in another name space, of which tests beside this one have some.
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: nobodys(self.device), f"{self.device} is nobody's", 40)
+
+
+def nobodys(device: str) -> bool:
+    """Whether no file system is on a block device any more: open(2), O_EXCL."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EBUSY
+    return True
 
 
 def mounted_below(directory: Path) -> list[str]:

@@ -118,7 +118,10 @@ def work(manager, parts, pages, unrestricted):
     assert {name for name in os.listdir(there / "proc") if not name.isdigit()} == {"self", "thread-self"}
 
     feed = Daemon(manager.path("/run/snapfeed"), [], {})
-    wait_until(lambda: all(p["state"] == "watching" for p in feed.status()["partitions"]), "all are watched")
+    wait_until(
+        lambda: all(p["state"] == "watching" and p["head"] for p in feed.status()["partitions"]),
+        "all have their baseline",
+    )
     assert capabilities(feed) == unrestricted
 
     consumers = {}

@@ -9,12 +9,14 @@ from .libc import check, libc
 
 CLONE_NEWNS = 0x20000
 MS_REC = 0x4000
-MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
 
 
 @contextlib.contextmanager
 def private_mounts() -> Iterator[None]:
     """What this thread mounts in here nobody else sees, and it ends with the process, however that ends.
+
+    What others unmount meanwhile is unmounted here as well, where mounts are shared as systemd makes them: so no disk is held.
 
     Raises OSError: EPERM (no CAP_SYS_ADMIN or CAP_SYS_CHROOT). Only for a process of one thread.
     """
@@ -26,7 +28,7 @@ def private_mounts() -> Iterator[None]:
         check(libc.unshare(CLONE_NEWNS), "unshare")
         try:
             none = ctypes.c_char_p(None)
-            check(libc.mount(none, ctypes.c_char_p(b"/"), none, ctypes.c_ulong(MS_REC | MS_PRIVATE), none), "/")
+            check(libc.mount(none, ctypes.c_char_p(b"/"), none, ctypes.c_ulong(MS_REC | MS_SLAVE), none), "/")
             yield
         finally:
             check(libc.setns(outside, CLONE_NEWNS), "setns")
