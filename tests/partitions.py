@@ -112,7 +112,7 @@ class Partition:
         wait_until(lambda: run("umount", self.path, check=False).returncode == 0, f"umount {self.path}", 10)
         # The file system lives on while it is mounted in another name space, of which tests beside this one have some.
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: nobodys(self.device), f"{self.device} is nobody's", 10)
+            wait_until(lambda: nobodys(self.device), f"{self.device} is nobody's", 40)
 
 
 def nobodys(device: str) -> bool:
