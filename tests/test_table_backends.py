@@ -1,6 +1,7 @@
 """The table engine on real partitions: what it captures, replayed by a consumer that knows nothing else, is what a walk finds."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from oracle import walk
@@ -199,3 +200,34 @@ def test_without_handles_a_swap_comes_to_an_end(tmp_path):
         names = {Name(before[b""], name) for name in (b"a", b"b", b"t")}
         engine.snapshot(Dirty(objects={before[b"a"], before[b"b"], before[b""]}, names=names))
         engine.check()
+
+
+@pytest.mark.kernel
+def test_a_file_that_goes_while_it_is_cloned_leaves_no_clone(xfs, monkeypatch):
+    """Cloned, changed meanwhile, so cloned again: but it has no name any more, and nothing is recorded of its clone."""
+    engine = Engine(xfs.path, "ficlone")
+    engine.snapshot(Dirty())
+    file, cloned, look_at = xfs.path / "file", [], LiveTree.look_at
+
+    def changes(fd, *, on):
+        cloned.append(on)
+        if file.exists():
+            file.chmod(0o600)
+
+    def goes(tree, ident):
+        """Opened while it had a name, looked at when it had none."""
+        found = look_at(tree, ident)
+        if cloned == [True] and file.exists() and found is not None and found.type == "file":
+            file.unlink()
+            return replace(found, nlink=0, ctime_ns=found.ctime_ns + 1)
+        return found
+
+    file.write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("snapshotter.backends.ficlone.set_immutable", changes)
+        patch.setattr(LiveTree, "look_at", goes)
+        engine.snapshot(Dirty(lost="test"))
+    assert (cloned, file.exists()) == ([True], False)
+    assert list((xfs.path / ".snapfeed/clones").rglob("*")) == []
+    engine.snapshot(Dirty(lost="test"))
+    engine.check()

@@ -141,11 +141,16 @@ class FicloneBackend(MetadataBackend):
                         if taken is not attr and isinstance(taken, Attr):
                             moved[ident] = taken
                         self._made[ident] = seq if still is not None else None
+                        if still is None:
+                            self._remove(directory, b"%d.%d" % ident)  # of an earlier try: nobody would remove it ever
                         if still is False:
                             again.objects.add(ident)
         finally:
             if directory is not None:
                 os.close(directory)
+        if directory is not None and not any(self._made.values()):
+            with contextlib.suppress(OSError):  # there are some of an earlier page
+                self._forget(seq)
         return moved
 
     def _open(self, ident: Ident, attr: "Attr | _Seen | None", stack: contextlib.ExitStack) -> int | None:
