@@ -10,7 +10,7 @@ import pytest
 from broker_processes import ROOT, collector, mosquitto
 from consumer import Consumer
 from daemon_process import HOST, Daemon, daemon, snapfeed
-from partitions import partition, run, wait_until
+from partitions import alone_on_this_machine, partition, run, wait_until
 from systemd_process import systemd
 from workload import Worker
 
@@ -63,6 +63,13 @@ def parts(tmp_path):
         for part in made:
             strangers(part.path)
         yield made
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A name space with copies of all mounts keeps the disks of tests beside this one busy when those unmount them."""
+    with alone_on_this_machine():
+        yield
 
 
 @pytest.mark.parametrize("more", ["", STRICT], ids=["as shipped", "a refused call kills"])
