@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 
 import pytest
 from hypothesis import settings
@@ -10,6 +12,12 @@ from partitions import beside_others, partition
 # The suite says the same of the same code each time; SNAPFEED_RANDOM=1 (and `make soak`) looks elsewhere each time.
 settings.register_profile("suite", derandomize="SNAPFEED_RANDOM" not in os.environ)
 settings.load_profile("suite")
+
+
+def pytest_configure():
+    """Ended by SIGTERM (a time limit, an impatient user), a run cleans up as after Ctrl-C: partitions are unmounted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

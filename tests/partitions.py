@@ -110,9 +110,11 @@ class Partition:
     def umount(self) -> None:
         """Unmount as a user would; somebody's short visit (EBUSY) is waited for."""
         wait_until(lambda: run("umount", self.path, check=False).returncode == 0, f"umount {self.path}", 10)
-        # The file system lives on while it is mounted in another name space, of which tests beside this one have some.
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: nobodys(self.device), f"{self.device} is nobody's", 40)
+
+    def umount_everywhere(self) -> None:
+        """As `umount`, and wait until what the file system has in memory is gone: mount name spaces may have copies."""
+        self.umount()
+        wait_until(lambda: nobodys(self.device), f"{self.device} is nobody's")
 
 
 def nobodys(device: str) -> bool:

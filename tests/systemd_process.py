@@ -20,6 +20,7 @@ from pathlib import Path
 from partitions import require, run, wait_until
 
 SYSTEMD = "/lib/systemd/systemd"
+UNSHARE = "unshare --mount --pid --fork --kill-child --cgroup --uts --ipc"
 
 
 @dataclass
@@ -98,7 +99,8 @@ def systemd(directory: Path, unit: Path, drop_in: str, binds: dict[str, Path]) -
     script = directory / "setup.sh"
     script.write_text(_setup(units, unit.name, binds), encoding="utf-8")
     log = directory / "systemd.log"
-    enter = f"echo $$ > {cgroup}/cgroup.procs; exec unshare --mount --pid --fork --kill-child --cgroup --uts --ipc sh {script}"
+    # --pdeathsig: it ends with the test's process, however that ends
+    enter = f"echo $$ > {cgroup}/cgroup.procs; exec setpriv --pdeathsig KILL {UNSHARE} sh {script}"
     try:
         with log.open("wb") as output:
             outer = subprocess.Popen(["sh", "-c", enter], stdout=output, stderr=output, stdin=subprocess.DEVNULL)

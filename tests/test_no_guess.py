@@ -59,7 +59,7 @@ def broken_inode(part, path):
         else:
             run("debugfs", "-w", "-R", f"set_inode_field <{ino}> links_count {links if good else 0}", part.device)
 
-    part.umount()
+    part.umount_everywhere()
     write(good=False)
     part.mount()
     try:
@@ -67,7 +67,7 @@ def broken_inode(part, path):
             os.lstat(f"{part.path}/{path}")
         yield
     finally:
-        part.umount()
+        part.umount_everywhere()
         write(good=True)
         part.mount()
 
