@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import daemon_process
 from broker_processes import mosquitto
-from daemon_process import Daemon, adopt
+from daemon_process import Daemon
 from partitions import wait_until
 
 from .row import Row
@@ -56,17 +55,10 @@ class Measured(Daemon):
     phases: Path | None = None
     patience = LONG
 
-    def start(self, *, ready: bool = True) -> None:
-        command = [sys.executable, "-m", "watcher.cli"]
-        if self.phases is not None:
-            command = [sys.executable, "-m", "bench.phases", str(self.phases)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "run", *self.arguments],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, env=self.env,
-            )  # fmt: skip
-        if ready:
-            self.wait_ready()
+    def command_line(self) -> list[str | Path]:
+        if self.phases is None:
+            return super().command_line()
+        return [sys.executable, "-m", "bench.phases", self.phases, "run", *self.arguments]
 
     def took(self) -> list[dict[str, Any]]:
         """What bench.phases has written."""
@@ -108,21 +100,11 @@ def following(
     with contextlib.ExitStack() as stack:
         if broker is None:
             broker = stack.enter_context(mosquitto(directory, config=("log_type none",))).url
-        place = directory / "daemon"
-        place.mkdir()
-        for mount in mounts:
-            if not (mount / ".snapfeed").exists():
-                adopt(mount, io, time)
-        (place / "snapfeed.toml").write_text(f'[broker]\nhost = "{daemon_process.HOST}"\n')
-        made = Measured(place, ["--config", place / "snapfeed.toml", "--broker", broker, *mounts], {})
-        made.phases = place / "phases" if phases else None
-        try:
-            if started:
-                made.start()
-            yield made
-        except BaseException:
-            if made.log.exists():
-                print(f"---- the daemon's log\n{made.output()[-4000:]}----", file=sys.stderr)
-            raise
-        finally:
-            made.kill()
+        made = stack.enter_context(
+            daemon_process.daemon(directory, *mounts, broker=broker, io=io, time=time, started=False, kind=Measured)
+        )
+        assert isinstance(made, Measured)
+        made.phases = directory / "daemon/phases" if phases else None
+        if started:
+            made.start()
+        yield made
