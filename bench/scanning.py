@@ -162,8 +162,7 @@ def ask_watchman(stage: Stage, top: Path) -> Watchman:
 
 
 def baseline(feed: Measured, size: Size) -> None:
-    wait_until(lambda: feed.partition()["head"], "the first baseline", LONG)
-    (size.baseline,) = [one for one in feed.took() if one.get("seq")]
+    size.baseline = feed.took_for(wait_until(lambda: feed.partition()["head"], "the first baseline", LONG))
     wait_quiet(feed.pid)
     size.after_baseline = memory(feed.pid)
 

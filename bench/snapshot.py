@@ -235,7 +235,7 @@ def large_file(stage: Stage) -> Row:
                 walls.append(MS * (time.perf_counter() - started))
                 owns.append(MS * feed.partition()["last"]["seconds"])
                 check_ranges(feed, answer, offsets)
-                parts.append(MS * feed.took_last("ranges"))
+                parts.append(MS * feed.took_for(answer["seq"]).get("ranges", 0.0))
             offsets = edit_blocks(path, size, random)
             bytes_read = data_read(feed, part.path, stage.place())
         reading, missing = tools_that_read(stage, path)

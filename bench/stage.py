@@ -65,9 +65,12 @@ class Measured(Daemon):
         assert self.phases is not None
         return [json.loads(line) for line in self.phases.read_text().splitlines()] if self.phases.exists() else []
 
-    def took_last(self, phase: str) -> float:
-        """Seconds of a phase in the last snapshot; 0 if it had none."""
-        return float([one for one in self.took() if "seq" in one][-1].get(phase, 0.0))
+    def took_for(self, seq: int) -> dict[str, Any]:
+        """What was written of snapshot `seq`, of which its answer is told before it is all over."""
+        (found,) = wait_until(
+            lambda: [one for one in self.took() if one.get("seq") == seq], f"snapshot {seq} is over", LONG
+        )
+        return found
 
     def settled(self) -> None:
         """Wait until a first snapshot is there and everything up to now is published."""
