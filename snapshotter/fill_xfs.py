@@ -14,12 +14,12 @@ from comparer.dirty import Dirty
 from comparer.model import Ident
 
 from . import scan
-from .fingerprints import Fingerprints, runs
+from .fingerprints import RUN_BITS, Fingerprints
 from .inode_set import InodeSet
 from .linux.btrfs import syncfs
 from .linux.statx import statx
 from .linux.unshare import own_working_directory
-from .linux.xfs import Bulkstat, Records, bulkstat_single
+from .linux.xfs import Bulkstat, Records, bulkstat_runs, bulkstat_single
 from .live import LiveTree, attributes, read_xattrs
 from .mend import mend
 from .scan import GUARD_NS, Progress, Scan
@@ -96,7 +96,7 @@ class _Fill:
         since = time.clock_gettime_ns(time.CLOCK_REALTIME) - GUARD_NS
         syncfs(self.tree.root_fd)
         one, many = (_insert(rows, btime=self.has_btime) for rows in (1, _AT_ONCE))
-        for run, records in runs(self.tree.root_fd):
+        for run, records in bulkstat_runs(self.tree.root_fd, RUN_BITS):
             whole = records.count - records.count % _AT_ONCE
             self.db.executemany(many, records.part(0, whole).joined(_AT_ONCE))
             self.db.executemany(one, records.part(whole, records.count))

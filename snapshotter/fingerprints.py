@@ -5,10 +5,6 @@ with any change of the table to an inode in it, so one that is there is never ol
 """
 
 import sqlite3
-from bisect import bisect_left
-from collections.abc import Iterator
-
-from .linux.xfs import Records, bulkstat_batches
 
 RUN_BITS = 12  # a run: 4,096 inode numbers, some hundreds of which are in use
 _COMPARED = (
@@ -48,30 +44,3 @@ class Fingerprints:
 
     def put(self, run: int, digest: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO fingerprint VALUES (?, ?)", (run, digest))
-
-
-def runs(fd: int) -> Iterator[tuple[int, Records]]:
-    """The records of all inodes, run by run: (number of the run, its records). Raises OSError as bulkstat does."""
-    left, left_run = b"", 0  # the last run of a batch may go on in the next one
-    for batch in bulkstat_batches(fd):
-        numbers = batch.numbers()
-        start, total = 0, batch.count
-        while start < total:
-            run = numbers[start] >> RUN_BITS
-            stop = bisect_left(numbers, run + 1 << RUN_BITS, start)
-            if left:
-                if left_run == run:
-                    left += batch.part(0, stop).copy()
-                    if stop == total:
-                        break
-                    start = stop
-                yield left_run, Records.of(left)
-                left = b""
-                continue
-            if stop == total:
-                left, left_run = batch.part(start, stop).copy(), run
-                break
-            yield run, batch.part(start, stop)
-            start = stop
-    if left:
-        yield left_run, Records.of(left)

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,10 @@ from comparer.model import FileType, Ident, Name
 
 from . import scan
 from .backends.base import SYSTEM_DIR
-from .fingerprints import RUN_BITS, Fingerprints, runs
+from .fingerprints import RUN_BITS, Fingerprints
 from .inode_set import InodeSet
 from .linux.statx import statx
-from .linux.xfs import REFUSED, Records, bulkstat_single
+from .linux.xfs import REFUSED, Records, bulkstat_runs, bulkstat_single
 from .live import LiveTree
 from .scan import GUARD_NS, Progress
 from .table import Table, load_time
@@ -65,10 +66,12 @@ class _Reconcile:
     def run(self, progress: Progress) -> Dirty:
         known = self.fingerprints.all()
         seen = reported = expected = 0
-        for run, records in runs(self.tree.root_fd):
+        busy = self._busy()
+        for run, found in bulkstat_runs(self.tree.root_fd, RUN_BITS):
             if run > expected:
                 self._vanished(expected, run)
             expected = run + 1
+            records = found.without(busy[run]) if run in busy else found
             digest = records.fingerprint()
             if known.get(run) != digest:
                 self._compare(run, records, digest)
@@ -85,6 +88,18 @@ class _Reconcile:
         return self.dirty
 
     # ---- inodes
+
+    def _busy(self) -> dict[int, set[int]]:
+        """By run: the inodes of the system file and of its directories, which change all the time.
+
+        Left out, so that their runs have the same fingerprint as the last time: else everything in the system directory, a
+        million clones, would have to be listed to tell them from what is new. Whoever gets one of their numbers meanwhile
+        makes an event.
+        """
+        busy: dict[int, set[int]] = defaultdict(set)
+        for ino, _ in system_inodes(self.tree.root_fd, depth=2):
+            busy[ino >> RUN_BITS].add(ino)
+        return busy
 
     def _compare(self, run: int, records: Records, digest: bytes) -> None:
         since = time.clock_gettime_ns(time.CLOCK_REALTIME) - GUARD_NS
@@ -187,10 +202,10 @@ def listing(fd: int, *, at_root: bool = False) -> Iterator[tuple[bytes, int, boo
                 yield entry.name, entry.inode(), entry.is_dir(follow_symlinks=False)
 
 
-def system_inodes(root_fd: int) -> Iterator[tuple[int, bool]]:
+def system_inodes(root_fd: int, depth: int | None = None) -> Iterator[tuple[int, bool]]:
     """(number, whether a directory) of every inode with a name in the system directory, and of itself. Raises OSError.
 
-    Only names are read, nothing is looked at.
+    Only names are read, nothing is looked at. `depth`: directories are listed up to that many levels down.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -206,7 +221,7 @@ def system_inodes(root_fd: int) -> Iterator[tuple[int, bool]]:
             try:
                 for name, ino, is_dir in listing(below):
                     yield ino, is_dir
-                    if is_dir:
+                    if is_dir and (depth is None or path.count(b"/") + 1 < depth):
                         stack.append(path + b"/" + name)
             finally:
                 os.close(below)

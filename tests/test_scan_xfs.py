@@ -15,7 +15,7 @@ from workload import Worker
 from comparer.dirty import Dirty
 from comparer.model import Ident, Name
 from snapshotter import fill_xfs, scan, scan_xfs
-from snapshotter.fingerprints import RUN_BITS, Fingerprints, runs
+from snapshotter.fingerprints import RUN_BITS, Fingerprints
 from snapshotter.inode_set import InodeSet
 from snapshotter.linux import xfs
 from snapshotter.linux.handles import Codec, name_to_handle_at
@@ -154,22 +154,20 @@ def test_records_say_what_lstat_says(xfs):
     os.close(fd)
 
 
-def test_runs_hold_every_record_once_whatever_the_batches(xfs, monkeypatch):
+def test_runs_hold_every_record_once_whatever_the_batches(xfs):
     top = os.fsencode(xfs.path)
     for number in range(3000):
         os.close(os.open(b"%b/%d" % (top, number), os.O_CREAT | os.O_WRONLY))
     fd = os.open(top, os.O_RDONLY)
-    from snapshotter import fingerprints
     from snapshotter.linux import xfs as ioctls
 
     expected = list(ioctls.bulkstat(fd))
     digests = None
     for count in (1, 63, 1000, 1024, 4096):
-        monkeypatch.setattr(fingerprints, "bulkstat_batches", lambda fd, c=count: ioctls.bulkstat_batches(fd, 0, c))
         got, found = [], {}
-        for run_number, records in runs(fd):
+        for run_number, records in ioctls.bulkstat_runs(fd, RUN_BITS, count):
             part = list(records)
-            assert {r[0] >> fingerprints.RUN_BITS for r in part} == {run_number}
+            assert {r[0] >> RUN_BITS for r in part} == {run_number}
             got += part
             assert run_number not in found
             found[run_number] = records.fingerprint()
@@ -177,6 +175,39 @@ def test_runs_hold_every_record_once_whatever_the_batches(xfs, monkeypatch):
         assert digests in (None, found)
         digests = found
     os.close(fd)
+
+
+def test_the_system_file_s_own_writes_do_not_make_a_reconcile_list_the_clones(looker, monkeypatch):
+    top = looker.top
+    clones = top + b"/.snapfeed/clones"
+    for directory in (clones, clones + b"/1", top + b"/d"):
+        os.mkdir(directory)
+    for number in range(100):
+        for place in (b"d", b".snapfeed/clones/1"):
+            os.close(os.open(b"%b/%b/%d" % (top, place, number), os.O_CREAT | os.O_WRONLY))
+    os.sync()
+    settle()
+    looker.fill(fill_xfs.fill)
+    settle()
+    assert looker.differences() == Dirty()
+    known = looker.fingerprints()
+    for path in (looker.file.path, clones):
+        os.utime(path)  # as each visit does
+    settle()
+    listed = []
+    real = scan_xfs.listing
+
+    def listing(fd, **more):
+        listed.append(os.readlink(b"/proc/self/fd/%d" % fd))
+        return real(fd, **more)
+
+    monkeypatch.setattr(scan_xfs, "listing", listing)
+    assert looker.differences() == Dirty()
+    assert clones + b"/1" not in listed
+    assert looker.fingerprints() == known
+    # what was a clone's, and is the user's now
+    os.rename(clones + b"/1/7", top + b"/new")
+    assert looker.ident(b"new") in looker.differences().objects
 
 
 # ---- the first baseline

@@ -13,7 +13,8 @@ import functools
 import hashlib
 import struct
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from .libc import ior
@@ -107,6 +108,11 @@ class Records:
         """Records `start` to `stop`, in the same memory."""
         return Records(self.words, self.start + start * _WORDS, self.start + stop * _WORDS)
 
+    def without(self, numbers: Container[int]) -> "Records":
+        """Those of other inodes, in memory of their own."""
+        kept = [at for at, ino in enumerate(self.numbers()) if ino not in numbers]
+        return Records.of(b"".join(self.part(at, at + 1).copy() for at in kept))
+
     def copy(self) -> bytes:
         return bytes(self.raw)
 
@@ -154,6 +160,39 @@ def bulkstat_batches(fd: int, first_ino: int = 0, count: int = BATCH) -> Iterato
         if not filled:
             return
         yield Records(words, first, first + filled * _WORDS)
+
+
+def bulkstat_runs(fd: int, bits: int, count: int = BATCH) -> Iterator[tuple[int, Records]]:
+    """The records of all inodes in runs of 1 << `bits` numbers: (number of the run, its records); empty runs are left out.
+
+    As `bulkstat_batches`. What a batch has of a run that may go on is moved to the front of the buffer, and the next batch is
+    read right behind it: the kernel's header lies over the end of it meanwhile.
+    """
+    words = array("Q", bytes(_IREQ.size + ((1 << bits) + count) * _BULKSTAT.size))
+    whole, first = memoryview(words), _IREQ.size // 8
+    ino = left = 0
+    while True:
+        header = left * _WORDS
+        covered = words[header : header + first]
+        _IREQ.pack_into(words, 8 * header, ino, 0, count, 0, 0)
+        with whole[header:] as target:
+            fcntl.ioctl(fd, XFS_IOC_BULKSTAT, target, True)
+        ino, _, _, filled, _ = _IREQ.unpack_from(words, 8 * header)
+        words[header : header + first] = covered
+        total = left + filled
+        records = Records(words, first, first + total * _WORDS)
+        numbers = records.numbers()
+        if not filled:
+            if total:
+                yield numbers[0] >> bits, records
+            return
+        start, last = 0, numbers[-1] >> bits
+        while (run := numbers[start] >> bits) != last:
+            stop = bisect_left(numbers, run + 1 << bits, start)
+            yield run, records.part(start, stop)
+            start = stop
+        left = total - start
+        whole[first : first + left * _WORDS] = whole[records.start + start * _WORDS : records.stop]
 
 
 def bulkstat(fd: int, first_ino: int = 0, count: int = BATCH) -> Iterator[Record]:
