@@ -168,3 +168,10 @@ def tls_context(config: BrokerConfig) -> ssl.SSLContext | None:
             text = f"[broker] cert_file, key_file: {config.cert_file}, {config.key_file}: {error}"
             raise OperatorError(f"{text}; they must be readable PEM files that belong together") from None
     return context
+
+
+def valid_filter(text: str) -> bool:
+    """MQTT 5.0, 4.7.1: `+` and `#` stand alone in their level, `#` in the last one."""
+    levels = text.split("/")
+    good = all(level in ("+", "#") or not set(level) & {"+", "#"} for level in levels)
+    return good and "#" not in levels[:-1] and 0 < len(text.encode()) < 65536 and "\0" not in text

@@ -10,7 +10,7 @@ import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
@@ -20,7 +20,7 @@ from .pagesums import PageSums
 
 SYSTEM_FILE = b"system.db"
 VERSION = 3
-_SCHEMA = {n: (resources.files("snapshotter.schema") / f"{n:03}.sql").read_text() for n in range(1, VERSION + 1)}
+_SCHEMA = {n: (Path(__file__).parent / "schema" / f"{n:03}.sql").read_text() for n in range(1, VERSION + 1)}
 _DEFLATE_FROM = 1024  # bytes; smaller bodies gain nothing
 _LOG = 4 << 20  # bytes of the write-ahead log from which it is copied to the file in the middle of a visit
 

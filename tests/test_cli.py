@@ -18,7 +18,7 @@ from daemon_process import CLI, ROOT, adopt, daemon, environment, facts, snapfee
 from partitions import loop_device, partition, run, wait_until
 
 from watcher import command_ask
-from watcher.cli import build, main
+from watcher.cli import build, imported, main
 from watcher.missing import explained
 
 COMMANDS = ["format", "init", "run", "snapshot", "status", "snapshots", "diff", "tail", "check-config", "remove-listed"]
@@ -63,6 +63,13 @@ def test_help_has_examples(command, capsys):
     assert ended.value.code == 0
     assert f"examples:\n  snapfeed {command}" in text
     assert max(map(len, text[text.index("examples:") :].splitlines())) <= 120
+
+
+def test_every_command_can_be_imported():
+    (commands,) = (action for action in build()._actions if isinstance(action, argparse._SubParsersAction))
+    assert set(commands.choices) > set(COMMANDS)
+    for made in commands.choices.values():
+        assert callable(imported(made.get_default("run")))
 
 
 def test_help_and_version(capsys):
@@ -139,7 +146,7 @@ def test_a_path_from_here_is_one_for_the_daemon(tmp_path, monkeypatch):
     ("module", "package"), [("orjson", "orjson"), ("paho", "paho-mqtt"), ("cachetools", "cachetools")]
 )
 def test_a_missing_package_is_named(module, package):
-    script = f"import sys; sys.modules[{module!r}] = None; sys.argv = ['snapfeed', 'status']; import watcher.cli"
+    script = f"import sys; sys.modules[{module!r}] = None; from watcher.cli import main; sys.exit(main(['run']))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -373,7 +380,9 @@ def test_init_and_run_ask_for_adoption(ext4):
 
 AS_NOBODY = """
 import os, sys
+from watcher import command_ask, command_disk, command_export, command_run, command_tail, command_verify
 from watcher.cli import main
+# imported before: Python's own files may be unreadable to others
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 sys.exit(main(sys.argv[1:]))
 """

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from types import ModuleType
 
 from comparer.errors import OperatorError, SnapfeedError
 
@@ -13,22 +13,15 @@ from .missing import explained
 from .units import parse_duration, parse_threshold
 
 try:
-    from . import (
-        command_ask,
-        command_disk,
-        command_export,
-        command_remove,
-        command_replicate,
-        command_run,
-        command_tail,
-        command_verify,
-    )
+    from feed.broker import valid_filter
+
+    from . import __version__
     from .config import SOCKET
     from .pipeline import describe
 except ModuleNotFoundError as _error:
     sys.exit(explained(_error))
 
-Commands = Callable[[argparse.Namespace], int]
+Command = Callable[[argparse.Namespace], int]
 
 
 def _volume(text: str) -> int:
@@ -105,7 +98,7 @@ def _name(text: str) -> str:
 
 
 def _filter(text: str) -> str:
-    if not command_tail.valid_filter(text):
+    if not valid_filter(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no topic filter; write one such as 'snapfeed/+/+/changes'")
     return text
 
@@ -132,7 +125,7 @@ def _wrong(options: argparse.Namespace) -> str | None:
 
 def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
     made = command(
-        "export", command_export.export, "list the paths that a backup must look at, and those that are gone",
+        "export", "command_export.export", "list the paths that a backup must look at, and those that are gone",
         "snapfeed export data --consumer nightly --output /var/lib/backup/data      (docs/backup.md)",
         "snapfeed export /data --since 41 --changed --null | cpio --null -o > increment.cpio",
         "snapfeed export data --consumer nightly --json",
@@ -155,7 +148,7 @@ def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
     _add_json(made)
 
     made = command(
-        "ack", command_export.ack, "say that a consumer has dealt with an export, so that the next one begins there",
+        "ack", "command_export.ack", "say that a consumer has dealt with an export, so that the next one begins there",
         "snapfeed ack data --consumer nightly --position /var/lib/backup/data/position.json",
         "snapfeed ack data --consumer nightly --seq 42 --epoch 6f0c2b7e-98b1-4a53-8f6f-0f8f3a1f7a55",
     )  # fmt: skip
@@ -168,7 +161,7 @@ def _add_export(command: Callable[..., argparse.ArgumentParser]) -> None:
     _add_json(made)
 
     made = command(
-        "remove-listed", command_remove.remove_listed,
+        "remove-listed", "command_remove.remove_listed",
         "remove from a copy what an export's list says is gone, and never what is outside the copy",
         "snapfeed remove-listed /backup/data /var/lib/backup/data/deleted",
         "ssh backup.example snapfeed remove-listed /backup/data - < /var/lib/backup/data/deleted",
@@ -189,10 +182,10 @@ def build() -> argparse.ArgumentParser:
         epilog="Begin with `snapfeed init MOUNTPOINT`, then `snapfeed run`, then `snapfeed tail`. Exit codes: 0 done,"
         " 1 it went wrong (stderr says what, and what to do), 2 wrongly called.",
     )
-    parser.add_argument("--version", action="version", version=f"snapfeed {version('snapfeed')}")
+    parser.add_argument("--version", action="version", version=f"snapfeed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Commands, text: str, *examples: str) -> argparse.ArgumentParser:
+    def command(name: str, run: str, text: str, *examples: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             help=text,
@@ -204,7 +197,7 @@ def build() -> argparse.ArgumentParser:
         return made
 
     made = command(
-        "format", command_disk.format_device, "make a file system on a device, mounted once to adopt it",
+        "format", "command_disk.format_device", "make a file system on a device, mounted once to adopt it",
         "snapfeed format /dev/sdb1 --fs xfs --mount /data",
         "snapfeed format /dev/sdc --fs btrfs --label backup --io-threshold 256MiB --time-threshold 5min --yes",
         "snapfeed format /dev/sdb1 --fs xfs --dry-run      (say what it would do)",
@@ -220,7 +213,7 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
-        "init", command_disk.init, "adopt a mounted file system without touching its data",
+        "init", "command_disk.init", "adopt a mounted file system without touching its data",
         "snapfeed init /data", "snapfeed init /srv --io-threshold 1GiB --time-threshold 10min",
         "snapfeed init --directory ~/work      (one directory, without root)",
     )  # fmt: skip
@@ -230,7 +223,7 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
-        "run", command_run.run, "the daemon, in the foreground",
+        "run", "command_run.run", "the daemon, in the foreground",
         "snapfeed run", "snapfeed run /data /srv", "snapfeed run --config /etc/snapfeed.toml --broker mqtt://broker.lan",
     )  # fmt: skip
     made.add_argument(
@@ -249,7 +242,7 @@ def build() -> argparse.ArgumentParser:
     made.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(info)")
 
     made = command(
-        "snapshot", command_ask.snapshot, "take a snapshot now; returns when it is committed",
+        "snapshot", "command_ask.snapshot", "take a snapshot now; returns when it is committed",
         "snapfeed snapshot", "snapfeed snapshot data --json", "snapfeed snapshot /data /srv",
     )  # fmt: skip
     made.add_argument(
@@ -264,7 +257,7 @@ def build() -> argparse.ArgumentParser:
 
     made = command(
         "reconcile",
-        command_ask.reconcile,
+        "command_ask.reconcile",
         "compare all metadata of a partition, instead of what events point at, and publish what differs",
         "snapfeed reconcile data",
     )
@@ -274,7 +267,7 @@ def build() -> argparse.ArgumentParser:
 
     made = command(
         "thresholds",
-        command_ask.thresholds,
+        "command_ask.thresholds",
         "show or change a partition's thresholds, in its system file",
         "snapfeed thresholds data",
         "snapfeed thresholds /data --io-threshold 1GiB --time-threshold 10min",
@@ -293,18 +286,18 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
-        "status", command_ask.status, "what the daemon is doing", "snapfeed status", "snapfeed status --json"
+        "status", "command_ask.status", "what the daemon is doing", "snapfeed status", "snapfeed status --json"
     )
     _add_socket(made)
     _add_json(made)
 
-    made = command("snapshots", command_ask.snapshots, "the snapshots a partition keeps", "snapfeed snapshots data")
+    made = command("snapshots", "command_ask.snapshots", "the snapshots a partition keeps", "snapfeed snapshots data")
     _add_partition(made)
     _add_socket(made)
     _add_json(made)
 
     made = command(
-        "consumers", command_ask.consumers, "the consumers of a partition, and how far behind they are",
+        "consumers", "command_ask.consumers", "the consumers of a partition, and how far behind they are",
         "snapfeed consumers data", "snapfeed consumers data --forget restic      (it is gone for good: keep nothing for it)",
     )  # fmt: skip
     _add_partition(made)
@@ -313,7 +306,7 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
-        "diff", command_ask.diff, "the changes between two kept snapshots",
+        "diff", "command_ask.diff", "the changes between two kept snapshots",
         "snapfeed diff data 41 42", "snapfeed diff /data 40 42 --json",
     )  # fmt: skip
     _add_partition(made)
@@ -324,7 +317,7 @@ def build() -> argparse.ArgumentParser:
 
     made = command(
         "verify",
-        command_verify.verify,
+        "command_verify.verify",
         "take a snapshot, and compare it with everything that is there; exit 1 if they disagree",
         "snapfeed verify data",
         "snapfeed verify /data --json",
@@ -336,7 +329,7 @@ def build() -> argparse.ArgumentParser:
     _add_export(command)
 
     made = command(
-        "tail", command_tail.tail, "print changes as they arrive at the broker",
+        "tail", "command_tail.tail", "print changes as they arrive at the broker",
         "snapfeed tail", "snapfeed tail --broker mqtt://broker.lan 'snapfeed/edge7/+/changes'", "snapfeed tail --json",
         "snapfeed tail --config /etc/snapfeed.toml --consumer audit   (nothing is missed, also not while it does not run)",
     )  # fmt: skip
@@ -356,7 +349,7 @@ def build() -> argparse.ArgumentParser:
     _add_json(made)
 
     made = command(
-        "replicate", command_replicate.replicate, "keep a directory an exact copy of a partition",
+        "replicate", "command_replicate.replicate", "keep a directory an exact copy of a partition",
         "snapfeed replicate --broker mqtt://broker.lan --host edge7 --partition data --source /data /backup/data",
         "snapfeed replicate --broker mqtt://broker.lan --host edge7 --partition data --once /backup/names   (no content)",
         "snapfeed replicate --verify --source /data /backup/data",
@@ -386,13 +379,54 @@ def build() -> argparse.ArgumentParser:
 
     made = command(
         "check-config",
-        command_run.check_config,
+        "command_run.check_config",
         "check a configuration file",
         "snapfeed check-config /etc/snapfeed.toml",
     )
     made.add_argument("file", metavar="FILE", help="the configuration, such as /etc/snapfeed.toml")
     _add_json(made)
     return parser
+
+
+def imported(run: str) -> Command:
+    """`module.function` of this package. Only what is run is imported: the daemon does not carry the others in its memory."""
+    module, _, function = run.partition(".")
+    found: ModuleType
+    match module:
+        case "command_ask":
+            from . import command_ask
+
+            found = command_ask
+        case "command_disk":
+            from . import command_disk
+
+            found = command_disk
+        case "command_export":
+            from . import command_export
+
+            found = command_export
+        case "command_remove":
+            from . import command_remove
+
+            found = command_remove
+        case "command_replicate":
+            from . import command_replicate
+
+            found = command_replicate
+        case "command_run":
+            from . import command_run
+
+            found = command_run
+        case "command_tail":
+            from . import command_tail
+
+            found = command_tail
+        case _:
+            from . import command_verify
+
+            found = command_verify
+    command: Command = getattr(found, function)
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -405,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong is not None:
         options.parser.error(wrong)
     try:
-        return int(options.run(options))
+        return int(imported(options.run)(options))
     except SnapfeedError as error:
         print(f"snapfeed {options.command}: {describe(error)}", file=sys.stderr)
         return 1

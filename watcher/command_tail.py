@@ -67,13 +67,6 @@ class Formatter(logging.Formatter):
         return text
 
 
-def valid_filter(text: str) -> bool:
-    """MQTT 5.0, 4.7.1: `+` and `#` stand alone in their level, `#` in the last one."""
-    levels = text.split("/")
-    good = all(level in ("+", "#") or not set(level) & {"+", "#"} for level in levels)
-    return good and "#" not in levels[:-1] and 0 < len(text.encode()) < 65536 and "\0" not in text
-
-
 def _position_file(consumer: str) -> str:
     """Where a consumer's position is kept if no file is given: ~/.local/state/snapfeed/tail-<consumer>.json."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import orjson
@@ -22,6 +21,7 @@ from feed.pages import Envelope, chunk_limit
 from feed.publisher import Publisher
 from snapshotter.partition import Partition, adopted, is_adopted, label_of, partition_at, still_mounted
 
+from . import __version__
 from .config import Config, partition_name
 from .control import ControlServer
 from .ledger import Ledger
@@ -78,7 +78,7 @@ class Daemon:
             self._ledger.open(self.config.where_state_is())
             broker = await self._broker()
             self._publisher = Publisher(
-                broker, version=version("snapfeed"), handler=self._service.handle, on_status=self._feed_status
+                broker, version=__version__, handler=self._service.handle, on_status=self._feed_status
             )
             watch = MountWatch(self.rescan)
             for wanted in found:
@@ -94,7 +94,7 @@ class Daemon:
             for task in tasks:
                 task.add_done_callback(self._ended)
             sd_notify("READY=1")
-            log.info("snapfeed %s: broker %s, control socket %s", version("snapfeed"), broker.url, self.config.socket)
+            log.info("snapfeed %s: broker %s, control socket %s", __version__, broker.url, self.config.socket)
             await self._stop.wait()
             sd_notify("STOPPING=1")
         finally:
@@ -331,7 +331,7 @@ class Daemon:
         with open("/proc/self/statm", encoding="ascii") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return {
-            "version": version("snapfeed"),
+            "version": __version__,
             "pid": os.getpid(),
             "host": publisher.config.host,
             "since": self._started,
