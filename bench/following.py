@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from partitions import partition, wait_until
@@ -43,7 +43,8 @@ def prepare(top: Path, count: int) -> None:
 def write(top: Path, count: int) -> tuple[float, float]:
     """The writer's seconds, and how many of them on a processor."""
     script = str(Path(__file__).parent / "writer.py")
-    done = subprocess.run([sys.executable, script, str(top), str(count)], capture_output=True, check=True, timeout=600)
+    command = [sys.executable, script, str(top), str(count)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600)  # what it complains of is seen
     wall, used = done.stdout.split()
     return float(wall), float(used)
 
@@ -113,6 +114,12 @@ def created(feed: Measured, answer: dict) -> int:
     )
 
 
+def written_back(*tops: Path) -> None:
+    """What is written back must not run into the next round."""
+    syncs = [subprocess.Popen(["sync", "-f", top]) for top in tops]
+    assert not [sync for sync in syncs if sync.wait(600)], "sync failed"
+
+
 def slowdown(stage: Stage) -> Row:
     """A writer on a partition that is watched and on its twin that is not, in turns."""
     count = max(100, stage.files // 10 if stage.full else stage.files)
@@ -120,44 +127,44 @@ def slowdown(stage: Stage) -> Row:
     pairs: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {}  # beside a watcher, and alone
     missing: dict[str, str] = {}
 
-    with partition("xfs", stage.place(), "16G") as one, partition("xfs", stage.place(), "16G") as other:
-
-        def prepared(name: str) -> None:
-            for top in (one.path, other.path):
+    def measure(name: str, beside: Callable[[Path], contextlib.AbstractContextManager[int | None]]) -> None:
+        """On a fresh pair of partitions: eleven rounds of a hundred thousand files are all that one holds."""
+        with contextlib.ExitStack() as stack:
+            one, other = (stack.enter_context(partition("xfs", stage.place(), "16G")).path for _ in range(2))
+            for top in (one, other):
                 for number in range(rounds):
-                    prepare(top / f"{name}{number}", count)
-            written_back()
-
-        def written_back() -> None:
-            """What is written back must not run into the next round."""
-            syncs = [subprocess.Popen(["sync", "-f", path]) for path in (one.path, other.path)]
-            assert not [sync for sync in syncs if sync.wait(600)], "sync failed"
-
-        def measure(name: str, pid: int | None) -> None:
+                    prepare(top / f"{number}", count)
+            written_back(one, other)
+            pid = stack.enter_context(beside(one))
             for number in range(rounds):
                 if pid is not None:
                     wait_quiet(pid, 0.2)
-                tops = [one.path / f"{name}{number}", other.path / f"{name}{number}"]
+                tops = [one / f"{number}", other / f"{number}"]
                 times = {top: write(top, count) for top in (tops if number % 2 else tops[::-1])}
                 pairs.setdefault(name, []).append((times[tops[0]], times[tops[1]]))
-                written_back()
-            stage.say(f"P5: the writer is {slower(pairs[name], 0):.0f} % slower with {name}")
+                written_back(one, other)
+        stage.say(f"P5: the writer is {slower(pairs[name], 0):.0f} % slower with {name}")
 
-        prepared(WORK)  # first: its baseline is of what is there
-        with following(stage.place(), one.path) as feed:
+    @contextlib.contextmanager
+    def ours(top: Path) -> Iterator[int]:
+        with following(stage.place(), top) as feed:
             feed.settled()
-            measure(WORK, feed.pid)
-        prepared(NOBODY)
-        measure(NOBODY, None)
-        for name in ("inotifywait", "fatrace"):
-            try:
-                prepared(name)
-                with peers.watching(name, one.path, stage.place()) as watcher:
-                    measure(name, watcher.process.pid)
-                    watcher.seen()
-            except peers.MissingError as why:
-                missing[name] = str(why)
-                pairs.pop(name, None)
+            yield feed.pid
+
+    @contextlib.contextmanager
+    def theirs(name: str, top: Path) -> Iterator[int]:
+        with peers.watching(name, top, stage.place()) as watcher:
+            yield watcher.process.pid
+            watcher.seen()
+
+    measure(WORK, ours)
+    measure(NOBODY, lambda _: contextlib.nullcontext())
+    for name in ("inotifywait", "fatrace"):
+        try:
+            measure(name, lambda top, name=name: theirs(name, top))
+        except peers.MissingError as why:
+            missing[name] = str(why)
+            pairs.pop(name, None)
     figures = [{name: slower(times, at) for name, times in pairs.items()} for at in (0, 1)]
     series = [Series("alone", "s", [b[0] for times in pairs.values() for _, b in times])]
     series += [

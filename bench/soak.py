@@ -53,6 +53,7 @@ PARTS = (
         sizes={"SNAPFEED_SECONDS": "{seconds}", "SNAPFEED_REPORT": "{results}/endurance-{seed}.jsonl"},
     ),
     Part("kill-points", "kill_points", sizes={"SNAPFEED_POINTS": "all"}),
+    Part("disk-faults", "disk_faults pulled_and_stepped", sizes={"SNAPFEED_POINTS": "all"}),
     Part("power-cut", "power_cut", sizes={"SNAPFEED_IMAGES": "500"}),
     Part("corruption", "corruption", sizes={"SNAPFEED_CORRUPTIONS": "10000"}),
     Part("overflow", "overflow", sizes={"SNAPFEED_OPERATIONS": "1000000"}),
