@@ -31,6 +31,9 @@ from feed.requests import Handler, Requests, RequestStats
 _LOG = logging.getLogger("snapfeed.feed")
 _LARGEST_INCOMING = 2_000_000  # bytes; no command has so many, but who sends a large one by mistake is to be answered
 _STABLE_SECONDS = 10.0  # a connection that lasted this long was a good one: the next back-off begins small
+_SHORT_SECONDS = 60.0  # one that was made and is gone within this time
+_OFTEN = 3  # in a row, without a failure to connect between them: a broker that is down refuses connections
+_WORDLESS = (None, 0x80)  # the broker did not say why, or "unspecified error"
 
 
 _Key = tuple[str, str | None]  # a partition's changes, or what one consumer asked for
@@ -81,6 +84,7 @@ class Publisher:
         self._dialer = Dialer(config, config.identifier or f"snapfeed-{config.host}", limits)
         self._packet = config.max_packet
         self._hung_up = 0  # connections in a row that ended while a partition's pages found no acknowledgement at all
+        self._cut_short = 0  # connections in a row that were lost soon after they were made
         self._outboxes: dict[_Key, Outbox] = {}
         self._lanes: dict[_Key, tuple[Lane, asyncio.Task[None]]] = {}
         self._states: dict[str, bytes] = {}
@@ -148,6 +152,7 @@ class Publisher:
         try:
             while not self._stop.is_set():
                 started, acknowledged = asyncio.get_running_loop().time(), self._progress()
+                connections = self.stats.connections
                 try:
                     await self._until_stopped(asyncio.create_task(self._session()))
                 except LinkError as error:
@@ -161,10 +166,21 @@ class Publisher:
                     ):
                         backoff.reset()
                         self._logged = None
-                    self._report(str(error))
+                    short = asyncio.get_running_loop().time() - started < _SHORT_SECONDS
+                    self._cut_short = self._cut_short + 1 if short and self.stats.connections > connections else 0
+                    self._report(f"{error}{self._rival(error)}")
                     await self._pause(backoff.delay())
         finally:
             self._stopped.set()
+
+    def _rival(self, error: LinkError) -> str:
+        """What a connection hints at that is made at once and ended without a word, again and again: brokers may not say it."""
+        if self._cut_short < _OFTEN or error.reason not in _WORDLESS:
+            return ""
+        return (
+            f"; it is lost again and again: does another client have our client identifier, {self._dialer.identifier!r},"
+            " such as a second daemon with the same [broker] host?"
+        )
 
     def _progress(self) -> int:
         """Pages that brokers have acknowledged."""
