@@ -5,6 +5,7 @@ import stat
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from cachetools import LRUCache
 
@@ -13,7 +14,8 @@ from comparer.model import Attr, Ident, Name, file_type
 
 _LENGTHS = struct.Struct("<II")
 _CACHED = 16_384  # objects; a generation or an attribute record each
-_COLUMNS = "gen, mode, size, blocks, uid, gid, nlink, mtime_ns, ctime_ns, btime_ns, rdev, xattrs, target"
+_REMEMBERED = 4096  # objects, some 400 bytes each
+_COLUMNS = "gen, mode, size, blocks, uid, gid, nlink, mtime_ns, ctime_ns, btime_ns, rdev, xattrs, target, clone"
 _TYPE_BITS = {
     "file": stat.S_IFREG,
     "dir": stat.S_IFDIR,
@@ -58,6 +60,14 @@ def unpack_xattrs(packed: bytes | None) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(pairs)
 
 
+class _Row(NamedTuple):
+    """An object in the table `inode`."""
+
+    gen: int
+    attr: Attr
+    clone: int | None
+
+
 class Table:
     """The state in the tables `inode` and `entry`; a view (comparer.model.View) and the place to change it."""
 
@@ -65,6 +75,8 @@ class Table:
         self.db = db
         self._root = root
         self._gens: LRUCache[int, int] = LRUCache(_CACHED)
+        self._rows: LRUCache[int, _Row] | None = None
+        self._names: LRUCache[int, list[Name]] | None = None  # by inode number
 
     @property
     def root(self) -> Ident:
@@ -73,16 +85,32 @@ class Table:
     # ---- the view
 
     def attr(self, ident: Ident) -> Attr | None:
-        row = self.db.execute(f"SELECT {_COLUMNS} FROM inode WHERE ino = ?", (ident.ino,)).fetchone()  # noqa: S608
-        if row is None or row[0] != ident.gen:
+        row = self._row(ident.ino)
+        return row.attr if row is not None and row.gen == ident.gen else None
+
+    def _row(self, ino: int) -> _Row | None:
+        found = self._rows.get(ino) if self._rows is not None else None
+        if found is not None:
+            return found
+        row = self.db.execute(f"SELECT {_COLUMNS} FROM inode WHERE ino = ?", (ino,)).fetchone()  # noqa: S608
+        if row is None:
             return None
-        _, mode, size, blocks, uid, gid, nlink, mtime, ctime, btime, rdev, xattrs, target = row
+        gen, mode, size, blocks, uid, gid, nlink, mtime, ctime, btime, rdev, xattrs, target, clone = row
         if type(mtime) is bytes or type(ctime) is bytes or type(btime) is bytes:
             mtime, ctime, btime = load_time(mtime), load_time(ctime), load_time(btime)
         kind, permissions = file_type(mode), stat.S_IMODE(mode)
-        return Attr(
+        attr = Attr(
             kind, size, blocks, permissions, uid, gid, nlink, mtime, ctime, btime, rdev, unpack_xattrs(xattrs), target
         )
+        found = _Row(gen, attr, clone)
+        if self._rows is not None:
+            self._rows[ino] = found
+        return found
+
+    def remember(self, *, rows: bool) -> None:
+        """Whether what was asked for stays in memory. Only while all that changes the table does so by `put` and the like."""
+        self._rows = LRUCache(_REMEMBERED) if rows else None
+        self._names = LRUCache(_REMEMBERED) if rows else None
 
     def several(self) -> list[Ident]:
         """What has more than one name here, and one by its link count: seen at both ends of a rename, each at its time."""
@@ -93,10 +121,16 @@ class Table:
 
     def current(self, ino: int) -> Ident | None:
         """The object that has this inode number in the state."""
+        if self._rows is not None:  # its attributes will be asked for
+            row = self._row(ino)
+            return None if row is None else Ident(ino, row.gen)
         gen = self._gen(ino)
         return None if gen is None else Ident(ino, gen)
 
     def _gen(self, ino: int) -> int | None:
+        row = self._rows.get(ino) if self._rows is not None else None
+        if row is not None:
+            return row.gen
         gen = self._gens.get(ino)
         if gen is None:
             row = self.db.execute("SELECT gen FROM inode WHERE ino = ?", (ino,)).fetchone()
@@ -108,8 +142,13 @@ class Table:
     def names(self, ident: Ident) -> Iterable[Name]:
         if self._gen(ident.ino) != ident.gen:
             return []
-        rows = self.db.execute("SELECT parent, name FROM entry WHERE ino = ?", (ident.ino,)).fetchall()
-        return [Name(self._known(parent), name) for parent, name in rows]
+        found = self._names.get(ident.ino) if self._names is not None else None
+        if found is None:
+            rows = self.db.execute("SELECT parent, name FROM entry WHERE ino = ?", (ident.ino,)).fetchall()
+            found = [Name(self._known(parent), name) for parent, name in rows]
+            if self._names is not None:
+                self._names[ident.ino] = found
+        return found
 
     def child(self, parent: Ident, name: bytes) -> Ident | None:
         if self._gen(parent.ino) != parent.gen:
@@ -131,8 +170,8 @@ class Table:
 
     def clone(self, ident: Ident) -> int | None:
         """The snapshot that holds the content of a file, None if none does."""
-        row = self.db.execute("SELECT clone FROM inode WHERE ino = ? AND gen = ?", ident).fetchone()
-        return row[0] if row else None
+        row = self._row(ident.ino)
+        return row.clone if row is not None and row.gen == ident.gen else None
 
     def again(self) -> Iterator[tuple[Ident, bytes | None]]:
         """What the last snapshot wanted to be looked at again: objects (name None) and entries of a directory."""
@@ -141,8 +180,17 @@ class Table:
 
     # ---- changing it
 
+    def _forget(self, ino: int) -> None:
+        self._gens.pop(ino, None)
+        if self._rows is not None:
+            self._rows.pop(ino, None)
+
+    def _forget_names(self) -> None:
+        if self._names:
+            self._names.clear()
+
     def put(self, ident: Ident, attr: Attr, clone: int | None) -> None:
-        self._gens.pop(ident.ino, None)
+        self._forget(ident.ino)
         mode = attr.mode | _TYPE_BITS[attr.type]
         self.db.execute(
             "INSERT OR REPLACE INTO inode VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -154,16 +202,19 @@ class Table:
         )  # fmt: skip
 
     def set_clone(self, ident: Ident, clone: int | None) -> None:
+        self._forget(ident.ino)
         self.db.execute("UPDATE inode SET clone = ? WHERE ino = ? AND gen = ?", (clone, *ident))
 
     def drop(self, ident: Ident) -> None:
-        self._gens.pop(ident.ino, None)
+        self._forget(ident.ino)
         self.db.execute("DELETE FROM inode WHERE ino = ? AND gen = ?", ident)
 
     def point(self, name: Name, ident: Ident) -> None:
+        self._forget_names()
         self.db.execute("INSERT OR REPLACE INTO entry VALUES (?, ?, ?)", (name.parent.ino, name.name, ident.ino))
 
     def unpoint(self, name: Name) -> None:
+        self._forget_names()
         self.db.execute("DELETE FROM entry WHERE parent = ? AND name = ?", (name.parent.ino, name.name))
 
     def set_again(self, objects: Iterable[Ident], names: Iterable[Name]) -> None:
@@ -173,6 +224,9 @@ class Table:
 
     def clear(self) -> None:
         self._gens.clear()
+        if self._rows is not None:
+            self._rows.clear()
+        self._forget_names()
         for table in ("inode", "entry", "again"):
             self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - the three names above
 
