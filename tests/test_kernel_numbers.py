@@ -1,10 +1,13 @@
 """ioctl numbers, structures and constants against the C headers (btrfs and fanotify: with the tests of their modules)."""
 
+import ctypes
+import os
 import shutil
+from pathlib import Path
 
 from partitions import require, run
 
-from snapshotter.linux import fallocate, fiemap, fsuuid, handles, inode_flags, statx
+from snapshotter.linux import fallocate, fiemap, fsuuid, handles, inode_flags, libc, statx
 
 HEADERS = ("fcntl.h", "linux/fs.h", "linux/falloc.h", "linux/fiemap.h", "linux/stat.h", "linux/btrfs.h")
 SIZES = {
@@ -116,3 +119,19 @@ def test_getfsuuid_is_that_of_the_kernel(tmp_path):
     (tmp_path / "fsuuid2.h").write_text("struct fsuuid2_ { unsigned char len, uuid[16]; };\n")
     theirs = compiled(tmp_path, ("linux/ioctl.h", f"{tmp_path}/fsuuid2.h"), ["_IOR(0x15, 0, struct fsuuid2_)"])
     assert list(theirs.values()) == [fsuuid.FS_IOC_GETFSUUID]
+
+
+def test_what_is_free_in_the_heap_goes_back_to_the_kernel():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    libc.libc.malloc.restype = ctypes.c_void_p
+    pieces = [libc.libc.malloc(100_000) for _ in range(640)]  # below the size that gets a mapping of its own
+    for piece in pieces:
+        ctypes.memset(piece, 1, 100_000)
+    full = resident()
+    for piece in pieces[:-1]:  # the last one keeps the heap's end where it is
+        libc.libc.free(ctypes.c_void_p(piece))
+    libc.trim_heap()
+    assert full - resident() > 32 << 20
+    libc.libc.free(ctypes.c_void_p(pieces[-1]))

@@ -20,6 +20,7 @@ from feed.commands import CommandError
 from feed.escape import printable
 from feed.pages import Envelope
 from snapshotter.adopt import quarantine
+from snapshotter.linux.libc import trim_heap
 from snapshotter.partition import Partition, still_mounted
 from snapshotter.retention import MOST_CONSUMERS, Limits
 from snapshotter.systemfile import ConsumerRow, Settings, SystemFile
@@ -41,6 +42,7 @@ POLL = (1.0, 8.0)  # seconds between two readings of the meters: while something
 SILENT = 8 << 20  # bytes written without any event that are a reason to look
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
 _CLOCK_SET_NS = 3600 * 10**9
+_MANY = 10_000  # changes, the memory for which is given back
 _IMPATIENCE = 1.0  # seconds between two looks whether the loop is ending
 _PATIENCE = 10.0  # seconds for a snapshot under way when the daemon stops
 T = TypeVar("T")
@@ -574,6 +576,8 @@ class Pipeline:
         self._finish(done, self._own - own, looked_at_everything=order.dirty.lost is not None)
         if not done.recorded:
             self._tell(done, None, commands)
+        if order.dirty.lost is not None or done.changes >= _MANY:
+            await loop.run_in_executor(self._executor, trim_heap)
 
     def _take(
         self,

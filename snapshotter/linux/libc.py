@@ -1,5 +1,6 @@
 """The C library, one error check, and ioctl numbers computed as in <asm-generic/ioctl.h>."""
 
+import contextlib
 import ctypes
 import os
 
@@ -19,6 +20,12 @@ def check(result: int, what: str | bytes | None = None) -> int:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno), what)
     return result
+
+
+def trim_heap() -> None:
+    """Give what is free in the heap back to the kernel: malloc_trim(3). Nothing where the C library has none (musl)."""
+    with contextlib.suppress(AttributeError):
+        libc.malloc_trim(0)
 
 
 def _ioc(direction: int, magic: int, number: int, size: int) -> int:
