@@ -17,6 +17,7 @@ from .settle import settle
 from .table import Overlay, Table
 
 _ROUNDS = 4  # looks at what moved while we looked; then the rest is left for the next snapshot
+_HANDLE_TRIES = 10
 
 
 @dataclass(slots=True)
@@ -205,12 +206,19 @@ class Look:
             self._elsewhere(earlier)
 
     def _check_handle(self, name: Name, dirfd: int | None, ident: Ident) -> None:
-        """A name leads to what was gone by its handle: then what it holds must not be taken for gone as well. Raises OSError."""
-        if self.tree.codec is None or not self._known_gone(ident) or self.tree.look_at(ident) is not None:
+        """A name leads to what was gone by its handle: then what it holds must not be taken for gone as well. Raises OSError.
+
+        A directory's handle may fail while somebody renames what is above it, so it is tried some times.
+        """
+        if self.tree.codec is None or not self._known_gone(ident):
             return
-        found = self.tree.look(dirfd, name.name) if dirfd is not None else None
-        if found is not None and found.ident == ident:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name.name)
+        for _ in range(_HANDLE_TRIES):
+            if self.tree.look_at(ident) is not None:
+                return
+            found = self.tree.look(dirfd, name.name) if dirfd is not None else None
+            if found is None or found.ident != ident:
+                return
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name.name)
 
     def _known_gone(self, directory: Ident) -> bool:
         return directory in self.attrs and self.attrs[directory] is None
