@@ -157,8 +157,8 @@ def test_two_hosts_with_one_name(tmp_path):
     """They have the same client identifier: the broker throws out one for the other, and this one does not say why."""
     (tmp_path / "second").mkdir()
     with (
-        partition("xfs", tmp_path) as one,
-        partition("xfs", tmp_path / "second") as two,
+        partition("xfs", tmp_path, mkfs=("-L", "one")) as one,
+        partition("xfs", tmp_path / "second", mkfs=("-L", "two")) as two,
         mosquitto(tmp_path) as broker,
         collector(broker, "snapfeed/#") as seen,
         daemon(tmp_path, one.path, broker=broker.url) as first,
