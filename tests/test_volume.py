@@ -72,6 +72,9 @@ def test_written_volume_fires_and_not_with_every_write(fs, write, tmp_path):
         most = max(TOTAL, sectors_written(part) - device)
         # a meter that counts at writeback does not tell what is written while a snapshot is being taken
         least = 0.95 * TOTAL if fs == "xfs" else 64 * MIB
+        if not rest["changes"] and not rest["volume"]:
+            # what was written meanwhile may have fired `volume` before we asked, found nothing new, and be in no row
+            least = 64 * MIB
         assert least <= total <= 1.05 * most, (total / MIB, most / MIB, [r["volume"] / MIB for r in rows])
 
 
