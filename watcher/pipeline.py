@@ -111,6 +111,7 @@ class Pipeline:
         self._volume = Volume([])
         self._dirty = Dirty()
         self._own = 0  # bytes we wrote since the last snapshot, beside its own
+        self._unrecorded = 0  # bytes written before looks that found nothing new: they are in the next diff's volume
         self._fresh = True
         self._last = 0.0
         self._poll, self._seen_volume = POLL[0], 0
@@ -424,7 +425,7 @@ class Pipeline:
             meters_for(self.partition.fs_type, os.fsdecode(self.partition.source), self.partition.path)
         )
         state.meters = self._volume.kinds
-        self._own = 0
+        self._own = self._unrecorded = 0
         self._fresh = True
         self._last = self._checked = time.monotonic()
         state.state = "watching" if self._source is not None else "scanning"
@@ -549,7 +550,8 @@ class Pipeline:
             return self._from_loop(now(), loop)
 
         order = Order(
-            trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit, self._limits(),
+            trigger, taken, self._unrecorded + volume, time.time_ns(),
+            self.rules.keep, self.rules.chunk_limit, self._limits(),
             min(self.pins.values(), default=None), live=self.outbox is not None and self.outbox.live,
         )  # fmt: skip
 
@@ -619,6 +621,7 @@ class Pipeline:
 
     def _finish(self, done: Done, own: int, *, looked_at_everything: bool) -> None:
         self._volume.settle(own)
+        self._unrecorded = 0 if done.recorded else done.volume
         self._own = 0
         self._fresh = self._doubted = False
         self._again = done.again
