@@ -107,10 +107,9 @@ class Table:
             self._rows[ino] = found
         return found
 
-    def remember(self, *, rows: bool) -> None:
-        """Whether what was asked for stays in memory. Only while all that changes the table does so by `put` and the like."""
-        self._rows = LRUCache(_REMEMBERED) if rows else None
-        self._names = LRUCache(_REMEMBERED) if rows else None
+    def remember(self) -> None:
+        """From now on what was asked for stays in memory: all that changes the table must do so by `put` and the like."""
+        self._rows, self._names = LRUCache(_REMEMBERED), LRUCache(_REMEMBERED)
 
     def several(self) -> list[Ident]:
         """What has more than one name here, and one by its link count: seen at both ends of a rename, each at its time."""

@@ -314,8 +314,7 @@ class FicloneBackend(MetadataBackend):
                     )
         super().commit(capture)
 
-    def discard(self, root_fd: int, capture: Capture) -> None:
-        super().discard(root_fd, capture)
+    def discard(self, root_fd: int, capture: Capture) -> None:  # noqa: ARG002
         self._remove_all(capture.seq)
 
     def sweep(self, root_fd: int, kept: Collection[int]) -> int:  # noqa: ARG002

@@ -48,7 +48,7 @@ class MetadataBackend:
         if dirty.lost:
             dirty.merge(self.scan.differences(self.tree, self.table, self.progress))
         since = _guard_time()
-        self.table.remember(rows=True)
+        self.table.remember()
         outcome = Look(self.tree, self.table).run(dirty, more)
         self._take_content(seq, outcome, dirty)
         self._guard(outcome, since)
@@ -100,11 +100,11 @@ class MetadataBackend:
     def note(self, again: Dirty) -> None:
         self.table.set_again(again.objects, again.names)
 
-    def release(self, capture: Capture) -> None:  # noqa: ARG002
-        self.table.remember(rows=False)
+    def release(self, capture: Capture) -> None:
+        pass
 
-    def discard(self, root_fd: int, capture: Capture) -> None:  # noqa: ARG002
-        self.table.remember(rows=False)
+    def discard(self, root_fd: int, capture: Capture) -> None:
+        pass
 
     def expire(self, root_fd: int, seqs: Iterable[int]) -> None:
         pass
