@@ -72,6 +72,14 @@ def state_of(snapfeed, part):
     return snapfeed.partition(part.path)["state"]
 
 
+def goes_on(snapfeed, part, received):
+    """A partition that is there again is watched by itself, and the next snapshot of it is exact."""
+    wait_until(lambda: state_of(snapfeed, part) == "watching", "it goes on by itself", 10)
+    (part.path / "last").write_text("x")
+    received.until(snapfeed.snapshot(part.path)["seq"])
+    received.consumer.compare(part.path)
+
+
 def is_free(device):
     """Whether nobody has the device in use, as an mkfs would ask."""
     try:
@@ -125,11 +133,7 @@ def test_unmount_and_mount_again(fs, tmp_path):
 
         (part.path / "below").unlink()
         part.mount()
-        wait_until(lambda: state_of(snapfeed, part) == "watching", "it goes on by itself", 10)
-        (part.path / "last").write_text("x")
-        answer = snapfeed.snapshot(part.path)
-        received.until(answer["seq"])
-        received.consumer.compare(part.path)
+        goes_on(snapfeed, part, received)
         assert sum(bool(d.get("baseline")) for d in received.consumer.diffs) == 1
         assert not [c for d in received.consumer.diffs for c in d["changes"] if c["op"] == "delete"]
         wait_until(lambda: states()[-1] == "watching", "it is published", 10)
