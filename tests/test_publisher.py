@@ -168,6 +168,31 @@ def test_unreachable_then_there(tmp_path):
         asyncio.run(scenario(broker))
 
 
+def test_a_broker_that_is_away_between_connections_is_no_second_client(tmp_path, caplog):
+    async def scenario(broker):
+        async with running(made := publisher(broker.url)):
+            for _ in range(4):
+                await asyncio.to_thread(broker.start)
+                await eventually(lambda: made.connected, "connected")
+                await asyncio.to_thread(broker.kill)
+                await eventually(lambda: "not reachable" in (made.last_error or ""), "tried in vain")
+
+    with mosquitto(tmp_path, started=False) as broker:
+        asyncio.run(scenario(broker))
+    assert "not reachable" in caplog.text
+    assert "another client" not in caplog.text
+
+
+def test_a_client_with_the_same_identifier_is_guessed_where_the_broker_says_nothing(tmp_path, caplog):
+    async def scenario(broker):
+        async with running(first := publisher(broker.url)), running(publisher(broker.url)):
+            await eventually(lambda: "another client" in (first.last_error or ""), "it is asked")
+
+    with mosquitto(tmp_path) as broker:
+        asyncio.run(scenario(broker))
+    assert "'snapfeed-edge7'" in caplog.text
+
+
 def test_stop_while_unreachable_is_quick():
     async def scenario():
         async with running(publisher(f"mqtt://127.0.0.1:{free_port()}")) as made:

@@ -231,3 +231,33 @@ def test_a_file_that_goes_while_it_is_cloned_leaves_no_clone(xfs, monkeypatch):
     assert list((xfs.path / ".snapfeed/clones").rglob("*")) == []
     engine.snapshot(Dirty(lost="test"))
     engine.check()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("failures", [1, 2, 5, 1000])
+def test_a_handle_that_fails_while_the_name_leads_there(failures, xfs, monkeypatch):
+    """As where what is above a directory is renamed all the time: tried again; what it holds is never taken for gone."""
+    engine = Engine(xfs.path, "ficlone")
+    (xfs.path / "d").mkdir()
+    (xfs.path / "d/file").write_text("x")
+    engine.snapshot(Dirty())
+    known = engine.replica.state()
+    ident, root, left, look_at = known[b"d"][0], known[b""][0], [failures], LiveTree.look_at
+
+    def fails(tree, asked):
+        if asked == ident and left[0]:
+            left[0] -= 1
+            return None
+        return look_at(tree, asked)
+
+    monkeypatch.setattr(LiveTree, "look_at", fails)
+    (xfs.path / "d/file").write_text("changed")
+    dirty = Dirty(objects={ident, known[b"d/file"][0]}, names={Name(root, b"d")})
+    if failures < 1000:
+        engine.snapshot(dirty)
+    else:
+        with pytest.raises(OSError, match="Stale file handle"):
+            engine.snapshot(dirty)
+        monkeypatch.undo()
+        engine.snapshot(dirty)
+    engine.check()
