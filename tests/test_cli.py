@@ -18,7 +18,8 @@ from daemon_process import CLI, ROOT, adopt, daemon, environment, facts, snapfee
 from partitions import loop_device, partition, run, wait_until
 
 from watcher import command_ask
-from watcher.cli import build, imported, main
+from watcher.arguments import build
+from watcher.cli import imported, main
 from watcher.missing import explained
 
 COMMANDS = ["format", "init", "run", "snapshot", "status", "snapshots", "diff", "tail", "check-config", "remove-listed"]

@@ -46,7 +46,7 @@ from snapshotter.partition import partition_at
 from snapshotter.systemfile import SystemFile
 from snapshotter.visit import Visit
 from watcher.outbox import JournalOutbox
-from watcher.pipeline import describe
+from watcher.said import describe
 from watcher.work import Order, take
 
 DISKS = ["xfs", "btrfs", "ext4"]

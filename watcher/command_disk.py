@@ -16,8 +16,8 @@ from snapshotter.systemfile import Settings
 
 from .config import SOCKET
 from .control import ask
-from .pipeline import printable_path
 from .render import json_line
+from .said import printable_path
 from .units import format_duration, format_size
 
 

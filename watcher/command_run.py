@@ -15,8 +15,8 @@ from feed.embedded import MISSING, REMEDY, installed
 
 from .config import SOCKET, Config, doubts, load
 from .daemon import Daemon, Reload
-from .pipeline import describe
 from .render import json_line
+from .said import describe
 
 
 def _adjusted(options: argparse.Namespace, config: Config) -> Config:

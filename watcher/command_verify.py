@@ -11,8 +11,8 @@ from snapshotter.visit import Visit
 
 from .command_ask import find_partition
 from .control import NoDaemonError, ask
-from .pipeline import describe
 from .render import json_line
+from .said import describe
 from .verification import directly
 
 _PATIENCE = 2.0  # seconds before progress is shown

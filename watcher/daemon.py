@@ -28,8 +28,9 @@ from .ledger import Ledger
 from .mountwatch import MountWatch
 from .notify import sd_notify, watchdog_interval
 from .outbox import JournalOutbox
-from .pipeline import Pipeline, Rules, printable_path
+from .pipeline import Pipeline, Rules
 from .replays import Replays
+from .said import printable_path
 from .service import Service
 
 log = logging.getLogger(__name__)

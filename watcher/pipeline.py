@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from comparer.dirty import Dirty
 from comparer.errors import DamageError, OperatorError, SnapfeedError, TransientError
 from feed.commands import CommandError
-from feed.escape import printable
 from feed.pages import Envelope
 from snapshotter.adopt import quarantine
 from snapshotter.linux.libc import trim_heap
@@ -29,6 +28,7 @@ from snapshotter.visit import Abilities, Visit, is_damaged
 from .baselines import sweep_spools
 from .live_outbox import Fresh, LiveOutbox
 from .meters import Volume, meters_for
+from .said import describe, printable_path
 from .sources.base import EventSource, SourceError
 from .sources.canary import self_test
 from .sources.choose import make_source
@@ -667,19 +667,3 @@ class Pipeline:
             loop.call_soon_threadsafe(show, entries)
 
         return report
-
-
-def printable_path(path: bytes) -> str:
-    """A path for JSON and people: as it is if that is harmless, else escaped."""
-    text = path.decode("utf-8", "surrogateescape")
-    return text if text.isprintable() else printable(path)
-
-
-def describe(error: BaseException) -> str:
-    """An error for people, in one line, nothing unescaped."""
-    if isinstance(error, OSError) and error.strerror:
-        name = error.filename
-        shown = f": {printable(os.fsencode(name))}" if isinstance(name, (str, bytes)) else ""
-        return f"{error.strerror}{shown}"
-    text = str(error) or type(error).__name__
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -20,7 +20,8 @@ from snapshotter.visit import Visit
 
 from .baselines import Spool
 from .outbox import FETCHED, InFile, JournalOutbox
-from .pipeline import Pipeline, describe
+from .pipeline import Pipeline
+from .said import describe
 
 log = logging.getLogger(__name__)
 AT_ONCE = 4  # baselines under way on one partition

@@ -24,8 +24,9 @@ from snapshotter.visit import Visit
 
 from .baselines import Spool
 from .ledger import Ledger
-from .pipeline import Pipeline, describe
+from .pipeline import Pipeline
 from .replays import Replays, check_consumer, register
+from .said import describe
 from .spans import Span
 from .surroundings import step
 from .verification import watched

@@ -16,7 +16,8 @@ from snapshotter.systemfile import translated
 from snapshotter.verify import Disagreement, nameless, verify
 from snapshotter.visit import Visit
 
-from .pipeline import Pipeline, describe
+from .pipeline import Pipeline
+from .said import describe
 from .work import Order, sweep, take
 
 _KEEP_ALL = 1 << 30
