@@ -17,11 +17,11 @@ from feed.connection import (
     REFUSED,
     SESSION_TAKEN_OVER,
     Connection,
-    Dialer,
     Limits,
     LinkError,
     PacketError,
 )
+from feed.dialer import Dialer
 from feed.documents import StatusDocument
 from feed.lane import Lane, LaneStats
 from feed.outbox import Outbox, Position

@@ -21,7 +21,8 @@ from feed.ask import Ask
 from feed.assembler import Assembler, Diff, Gap
 from feed.backoff import Backoff
 from feed.broker import NAME, BrokerConfig
-from feed.connection import REFUSED, UNHEARD, Connection, Dialer, LinkError
+from feed.connection import REFUSED, UNHEARD, Connection, LinkError
+from feed.dialer import Dialer
 from feed.escape import printable
 from feed.follow import Action, Deliver, Follower, Timing, Warn
 from feed.pages import parse_page

@@ -30,7 +30,8 @@ from feed.backoff import Backoff
 from feed.broker import BrokerConfig
 from feed.cloudevents import ROOM
 from feed.commands import answer, parse_command
-from feed.connection import Dialer, LinkError
+from feed.connection import LinkError
+from feed.dialer import Dialer
 from feed.encode import encode_bytes
 from feed.outbox import OutPage, Position
 from feed.pages import PACKET, Chunk, Envelope, payload_limit, payloads

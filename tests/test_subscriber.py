@@ -19,7 +19,8 @@ from scripted_daemon import HOST, PARTITION, Ledger, ScriptedDaemon
 from comparer.errors import DamageError, OperatorError
 from feed import connection as connection_module
 from feed.broker import BrokerConfig
-from feed.connection import Dialer, LinkError
+from feed.connection import LinkError
+from feed.dialer import Dialer
 from feed.positions import FilePositions
 from feed.subscriber import Damage, Diff, Gap, Subscriber, Timing
 

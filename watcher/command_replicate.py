@@ -15,7 +15,8 @@ import orjson
 
 from comparer.errors import DamageError, OperatorError, TransientError
 from feed.broker import NAME, BrokerConfig, check, slug
-from feed.connection import Dialer, LinkError
+from feed.connection import LinkError
+from feed.dialer import Dialer
 from feed.escape import printable
 from feed.replica import Applied, Replica, ReplicaPositions
 from feed.replica_content import Kernel
