@@ -14,7 +14,7 @@ from .backends.base import SYSTEM_DIR, no_content
 from .backends.btrfs import SNAPSHOTS
 from .backends.btrfs_view import SubvolumeView
 from .backends.ficlone import clone_path
-from .systemfile import translated
+from .database import translated
 from .table import Table
 from .visit import Visit
 

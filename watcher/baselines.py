@@ -21,8 +21,9 @@ from comparer.model import Attr, Change, FileType, Ident, Name, View
 from feed.encode import encode_bytes
 from feed.pages import Chunk, chunks
 from snapshotter.backends.base import SYSTEM_DIR
+from snapshotter.database import translated
 from snapshotter.held import Held, copy_table, held
-from snapshotter.systemfile import SnapshotRow, translated
+from snapshotter.systemfile import SnapshotRow
 from snapshotter.table import Table
 from snapshotter.visit import Visit
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from feed.around import Around
+from snapshotter.database import translated
 from snapshotter.held import held
-from snapshotter.systemfile import translated
 from snapshotter.visit import Visit
 
 AT_ONCE = 5_000  # entries of one step

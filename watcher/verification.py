@@ -11,8 +11,8 @@ from comparer.dirty import Dirty
 from comparer.errors import OperatorError, TransientError
 from feed.escape import printable
 from feed.pages import chunk_limit
+from snapshotter.database import translated
 from snapshotter.held import held
-from snapshotter.systemfile import translated
 from snapshotter.verify import Disagreement, nameless, verify
 from snapshotter.visit import Visit
 
