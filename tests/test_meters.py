@@ -103,7 +103,7 @@ def test_a_meter_whose_source_is_gone_is_dropped_with_a_note(part):
     buffered(part.path / "file")
     run("sync", "-f", part.path)
     counted = volume.advance()
-    part.umount()
+    part.umount_everywhere()
     wait_until(lambda: volume.advance() >= counted, "the volume stays")
     if part.fs != "xfs":  # its block device is still there
         assert volume.kinds == ()
@@ -170,6 +170,33 @@ def test_more_own_bytes_than_counted_are_no_debt():
     volume.settle(own=1000)
     fast.value += 1
     assert volume.advance() == 1
+
+
+def test_what_was_written_before_nothing_new_asks_for_nothing_and_is_in_the_next_volume():
+    fast, slow = Counter(immediate=True), Counter(immediate=False)
+    volume = Volume([fast, slow])
+    fast.value += 500 + 30  # somebody's and ours
+    assert volume.begin() == 530
+    fast.value += 70 + 5  # ours and somebody's
+    volume.settle(own=70, made=False, before=30)
+    assert volume.advance() == 5
+    slow.value += 500  # what the other has counted already reaches the disk: the larger of the two, never the sum
+    assert volume.begin() == 505
+    volume.settle(own=0)
+    fast.value += 1
+    slow.value += 1
+    assert (volume.advance(), volume.begin()) == (1, 1)
+
+
+def test_a_dropped_meter_keeps_what_it_counted_before_nothing_new():
+    fast, slow = Counter(immediate=True), Counter(immediate=False)
+    volume = Volume([fast, slow])
+    fast.value += 500
+    volume.begin()
+    volume.settle(own=0, made=False)
+    fast.gone = True
+    slow.value += 7
+    assert (volume.advance(), volume.begin()) == (7, 500)
 
 
 def test_an_abandoned_snapshot_leaves_the_volume_as_it_was():

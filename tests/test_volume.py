@@ -22,11 +22,11 @@ def buffered(path):
             file.write(os.urandom(4096) * 256)
 
 
-def direct(path):
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+def direct(path, flags=os.O_CREAT, total=TOTAL):
+    fd = os.open(path, os.O_WRONLY | os.O_DIRECT | flags, 0o600)
     with mmap.mmap(-1, MIB) as block:  # page aligned, as O_DIRECT wants it
         block.write(os.urandom(MIB))
-        for _ in range(TOTAL // MIB):
+        for _ in range(total // MIB):
             os.write(fd, block)
     os.close(fd)
 
@@ -80,25 +80,21 @@ def test_what_fired_and_was_nothing_new_is_in_the_next_diff(fs, tmp_path):
     """A diff's volume is what was written since the diff before it, also if a look in between found no change."""
     with partition(fs, tmp_path, "2G") as part, daemon(tmp_path, part.path, io="64MiB") as snapfeed:
         head = wait_until(lambda: snapfeed.partition()["head"], "the first snapshot")
-        fd = os.open(part.path, os.O_TMPFILE | os.O_WRONLY, 0o600)  # it never has a name
-        for _ in range(80):
-            os.write(fd, bytes(MIB))
-        os.fsync(fd)
+        snapfeed.ask("snapshots", partition=str(part.path))  # asked of its thread, so that its tidying is over, too
+        direct(part.path, os.O_TMPFILE, 80 * MIB)  # it never has a name
 
         def looked():
             found = snapfeed.partition()
             return found["last"]["skipped"] and found["last"]["trigger"] == "volume" and found["volume"] < 64 * MIB
 
         wait_until(looked, "`volume` fires and finds nothing new", 15)
-        os.close(fd)
         assert snapfeed.partition()["head"] == head
         (part.path / "file").write_text("x")
         answer = snapfeed.snapshot()
         assert answer["changes"]
-        # a meter that counts at writeback does not tell what is written while it is looked
-        assert (80 if fs == "xfs" else 64) * MIB <= answer["volume"] <= 90 * MIB
+        assert 0.95 * 80 * MIB <= answer["volume"] <= 90 * MIB
         (part.path / "file").write_text("y")
-        assert snapfeed.snapshot()["volume"] < MIB
+        assert snapfeed.snapshot()["volume"] < 40 * MIB  # and no second time; ext4 still makes its inode tables
 
 
 @pytest.mark.parametrize("fs", ["xfs", "btrfs", "ext4"])

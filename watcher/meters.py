@@ -247,8 +247,9 @@ def _working(attempts: Iterable[Callable[[], Meter]]) -> list[Meter]:
 class Volume:
     """The bytes written to a partition since its last snapshot: the larger of what its meters say, never the sum.
 
-    `begin` before a snapshot, then `settle` (it succeeded) or `abandon` (it did not). A meter whose source is gone is
-    dropped and said so in `notes`; what it had counted until then stays. With none left `kinds` is empty.
+    `begin` before a snapshot, then `settle` (it succeeded, or found nothing new) or `abandon` (it came to nothing). What was
+    written before one that found nothing new asks for no other one, but is in the volume of the next that is made. A meter
+    whose source is gone is dropped and said so in `notes`; what it had counted until then stays. With none left `kinds` is empty.
     """
 
     def __init__(self, meters: Iterable[Meter]) -> None:
@@ -257,6 +258,8 @@ class Volume:
         self._base = self._readings()
         self._begun: dict[Meter, int] | None = None
         self._floor = 0
+        self._made = dict(self._base)  # where the last snapshot that was made began
+        self._since_made = 0
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -269,9 +272,15 @@ class Volume:
         self._floor = max(self._floor, *counted, 0)
         return self._floor
 
-    def begin(self) -> None:
-        """A snapshot begins: what is written from now on belongs to the next one."""
+    def begin(self) -> int:
+        """A snapshot begins: what is written from now on belongs to the next one.
+
+        Returns the bytes written since the last one that was made.
+        """
         self._begun = self._readings()
+        counted = (now - self._made[meter] for meter, now in self._begun.items())
+        self._since_made = max(self._since_made, self._floor, *counted, 0)
+        return self._since_made
 
     def captured(self) -> None:
         """The snapshot has its data: what a sync of its own wrote belongs to it, what waits in memory by now does not."""
@@ -279,8 +288,8 @@ class Volume:
             raise ValueError("captured without begin")
         self._begun.update((m, now - m.waiting) for m, now in self._readings().items() if m.settles == "captured")
 
-    def settle(self, own: int) -> None:
-        """The snapshot begun is done, with `own` bytes written for it by ourselves.
+    def settle(self, own: int, *, made: bool = True, before: int = 0) -> None:
+        """The snapshot begun is done, with `own` bytes written for it by ourselves, and `before` it since the last `settle`.
 
         What was written since belongs to the next one; each meter says since when. Raises ValueError without a `begin`.
         """
@@ -288,8 +297,13 @@ class Volume:
             raise ValueError("settle without begin")
         for meter, now in self._readings().items():
             self._base[meter] = now if meter.settles == "done" else min(now, self._begun.get(meter, now) + own)
+            if not made:
+                self._made[meter] = min(now, self._made[meter] + before + own)
         self._begun = None
         self._floor = 0
+        if made:
+            self._made = dict(self._base)
+        self._since_made = 0 if made else max(0, self._since_made - before)
 
     def abandon(self) -> None:
         """The snapshot begun came to nothing: what was counted before goes on counting."""

@@ -111,7 +111,6 @@ class Pipeline:
         self._volume = Volume([])
         self._dirty = Dirty()
         self._own = 0  # bytes we wrote since the last snapshot, beside its own
-        self._unrecorded = 0  # bytes written before looks that found nothing new: they are in the next diff's volume
         self._fresh = True
         self._last = 0.0
         self._poll, self._seen_volume = POLL[0], 0
@@ -396,7 +395,8 @@ class Pipeline:
     # ---- attaching
 
     async def _attach(self) -> None:
-        self.state.state, self.state.reason = "starting", None
+        if self.state.state != "failed":  # while it is tried again, it still is, for the reason that is known
+            self.state.state, self.state.reason = "starting", None
         self._abilities = None
 
         # before anything of it is changed: another daemon may be at work on it
@@ -425,7 +425,7 @@ class Pipeline:
             meters_for(self.partition.fs_type, os.fsdecode(self.partition.source), self.partition.path)
         )
         state.meters = self._volume.kinds
-        self._own = self._unrecorded = 0
+        self._own = 0
         self._fresh = True
         self._last = self._checked = time.monotonic()
         state.state = "watching" if self._source is not None else "scanning"
@@ -524,10 +524,9 @@ class Pipeline:
         assert due.trigger is not None  # noqa: S101 - heartbeats do not come here
         loop = asyncio.get_running_loop()
         commands, self._commands = self._commands, []
-        volume = self.state.volume
         silent = not self._dirty and not (self._source is not None and self._source.pending)
-        self._volume.begin()
         own = self._own
+        volume = max(self.state.volume, self._volume.begin() - own)
         taken, self._dirty = self._dirty, Dirty()
         taken.merge(self._take_events())
         taken.lost = taken.lost or self._reconcile or self._why_everything(due.trigger, silent=silent)
@@ -550,8 +549,7 @@ class Pipeline:
             return self._from_loop(now(), loop)
 
         order = Order(
-            trigger, taken, self._unrecorded + volume, time.time_ns(),
-            self.rules.keep, self.rules.chunk_limit, self._limits(),
+            trigger, taken, volume, time.time_ns(), self.rules.keep, self.rules.chunk_limit, self._limits(),
             min(self.pins.values(), default=None), live=self.outbox is not None and self.outbox.live,
         )  # fmt: skip
 
@@ -620,8 +618,7 @@ class Pipeline:
         return None
 
     def _finish(self, done: Done, own: int, *, looked_at_everything: bool) -> None:
-        self._volume.settle(own)
-        self._unrecorded = 0 if done.recorded else done.volume
+        self._volume.settle(own, made=done.recorded, before=self._own - own)
         self._own = 0
         self._fresh = self._doubted = False
         self._again = done.again
