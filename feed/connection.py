@@ -11,13 +11,14 @@ Facts about aiomqtt 2.5.1 and paho 2.2 that this file relies on, and the only pl
 - after a failed or cancelled connect neither closes the socket: `cut` does;
 - it registers sockets by numbers that may be another's by the time that happens: `_on_socket_open` and its neighbour do not;
 - what paho cannot parse it raises, keeps, and raises again whenever the socket is readable: `_guarded` ends the connection;
+- it waits with asyncio.wait_for, which in Python 3.11 drops a cancellation that comes as the wait ends: `_wait_for` does not;
 - paho takes a PUBACK for a packet that it has not sent, and reads packets of any size: `_on_publish` and `_receive` do not.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiomqtt
 import paho.mqtt.client as paho
@@ -37,6 +38,9 @@ _QUEUED = 10_000  # packets that wait for a broker that does not read: answers t
 _PIECE = 262_144  # bytes taken from the socket at once
 PACKET_TOO_LARGE = 0x95
 SESSION_TAKEN_OVER = 0x8E
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,13 @@ class Connection(aiomqtt.Client):
         paho_client._sock_recv = self._receive  # noqa: SLF001
         paho_client.loop_read = self._guarded(paho_client.loop_read)
         paho_client.loop_write = self._guarded(paho_client.loop_write)
+
+    async def _wait_for(self, fut: Awaitable[T], timeout: float | None) -> T:  # noqa: ASYNC109 - aiomqtt's
+        try:
+            async with asyncio.timeout(self.timeout if timeout is None else timeout):
+                return await fut
+        except TimeoutError:
+            raise aiomqtt.MqttError("Operation timed out") from None
 
     def _receive(self, size: int) -> bytes:
         """Bytes from the socket. paho asks for all that is missing of a packet, which a broker may say to be 256 MiB."""

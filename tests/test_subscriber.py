@@ -275,6 +275,25 @@ def test_a_consumer_slower_than_the_feed_gets_everything(tmp_path):
     assert ledger.baselines <= 2  # on `changes`, and the one that was asked for, if more was there by then
 
 
+def test_one_that_is_ended_at_any_moment_of_connecting_ends(tmp_path):
+    """aiomqtt waits with asyncio.wait_for, which in Python 3.11 drops a cancellation that comes as the wait ends."""
+
+    async def scenario(broker):
+        async def follow():
+            async for _ in Subscriber(BrokerConfig(url=broker.url), consumer="me", timing=TIMING):
+                pass
+
+        for number in range(300):
+            task = asyncio.create_task(follow())
+            await asyncio.sleep(0.0001 * number)
+            task.cancel()
+            await asyncio.wait({task}, timeout=5)
+            assert task.cancelled(), number
+
+    with mosquitto(tmp_path) as broker:
+        asyncio.run(scenario(broker))
+
+
 def test_foreign_messages_do_no_harm(tmp_path):
     daemon = ScriptedDaemon()
     ledger = Ledger(daemon)
