@@ -811,7 +811,8 @@ def test_the_daemon_says_what_the_broker_refuses(ext4, tmp_path):
     def reason(publish):
         return 0x97 if refuse["on"] and publish.topic.endswith("/changes") else 0
 
-    with in_a_thread(Script(maximum_qos=0), Script(maximum_qos=0), Script(reason=reason)) as broker:
+    script = Script(maximum_qos=0, reason=reason)
+    with in_a_thread(script) as broker:
         (ext4.path / "file").write_text("x")
         with daemon(tmp_path, ext4.path, broker=broker.url) as snapfeed:
 
@@ -820,6 +821,7 @@ def test_the_daemon_says_what_the_broker_refuses(ext4, tmp_path):
 
             wait_until(lambda: told("QoS 0 only"), "status says that the broker cannot be used")
             assert "QoS 0 only" in snapfeed.command("status", check=False).stdout
+            script.maximum_qos = None
             wait_until(lambda: told("0x97"), "status says that the page is refused")
 
             def states():
