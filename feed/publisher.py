@@ -262,6 +262,7 @@ class Publisher:
 
     async def _work(self, connection: Connection) -> None:
         """Everything that goes on at once on a connection; ends by LinkError, or by `stop` after what is in flight arrived."""
+        lost: LinkError | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 self._connection, self._group = connection, group
@@ -282,7 +283,9 @@ class Publisher:
                 for task in [*background, *(task for _, task in self._lanes.values())]:
                     task.cancel()
         except* LinkError as errors:
-            raise _first(errors) from None
+            lost = _first(errors)
+        if lost is not None:  # raised in there, it would be in a group of its own before Python 3.11.4
+            raise lost from None
 
     def _judge_hanging_up(
         self, error: LinkError, before: dict[_Key, tuple[int, Position | None]], largest: int

@@ -1,4 +1,7 @@
-"""Who may import whom (ARCHITECTURE.md), read from the source; and that the reader of the source sees what it should."""
+"""Who may import whom (ARCHITECTURE.md), read from the source; and that the reader of the source sees what it should.
+
+Also one thing that works in newer versions of Python only, and that no tool knows of.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -74,6 +77,12 @@ def violations(path: str, source: str) -> list[str]:
             found.append((one.line, f"comparer is pure: no {one.top}"))
         if one.module == COMPUTED:
             found.append((one.line, "an import of a computed name cannot be checked"))
+    for clause in (handler for n in ast.walk(tree) if isinstance(n, ast.TryStar) for handler in n.handlers):
+        found += [
+            (n.lineno, "raised in `except*` it is in a group of its own before Python 3.11.4")
+            for n in ast.walk(clause)
+            if isinstance(n, ast.Raise)
+        ]
     if not path.startswith(ASYNC_PLACES):
         found += [
             (n.lineno, "async is for watcher and feed only") for n in ast.walk(tree) if isinstance(n, ASYNC_SYNTAX)
@@ -123,6 +132,7 @@ def test_the_exceptions_are_still_needed():
         ("watcher/sources/fanotify.py", "from fcntl import ioctl", "fcntl is for snapshotter/linux/"),
         ("snapshotter/x.py", "async def f(): ...", "async is for watcher and feed only"),
         ("snapshotter/linux/x.py", "import asyncio", "asyncio is for watcher and feed only"),
+        ("feed/x.py", "try:\n    f()\nexcept* OSError as e:\n    raise ValueError from None", "4: raised in `except*`"),
         ("comparer/x.py", "def f():\n    async def g():\n        await h()", "3: async is for watcher and feed only"),
     ],
 )
