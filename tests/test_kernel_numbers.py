@@ -3,12 +3,14 @@
 import ctypes
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from partitions import require, run
 
 from snapshotter.linux import fallocate, fiemap, fsuuid, handles, inode_flags, libc, statx
 
+ROOT = Path(__file__).parent.parent
 HEADERS = ("fcntl.h", "linux/fs.h", "linux/falloc.h", "linux/fiemap.h", "linux/stat.h", "linux/btrfs.h")
 SIZES = {
     "struct fiemap": fiemap._FIEMAP.size,
@@ -135,3 +137,32 @@ def test_what_is_free_in_the_heap_goes_back_to_the_kernel():
     libc.trim_heap()
     assert full - resident() > 32 << 20
     libc.libc.free(ctypes.c_void_p(pieces[-1]))
+
+
+def test_threads_share_one_heap():
+    """glibc would make them heaps of their own: malloc_info(3) counts them."""
+    program = """
+import ctypes, threading
+from snapshotter.linux import libc
+if {one}:
+    libc.single_heap()
+libc.libc.malloc.restype = ctypes.c_void_p
+held = threading.Barrier(5)
+def allocate():
+    libc.libc.malloc(1000)
+    held.wait()
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for thread in threads:
+    thread.start()
+held.wait()
+libc.libc.fdopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.libc.fdopen(1, b"w"))
+libc.libc.malloc_info(0, file)
+libc.libc.fflush(file)
+"""
+
+    def heaps(one):
+        return run(sys.executable, "-c", program.replace("{one}", str(one)), cwd=ROOT).stdout.count(b"<heap nr=")
+
+    assert heaps(False) > 1
+    assert heaps(True) == 1

@@ -12,6 +12,7 @@ from dataclasses import replace
 from comparer.errors import OperatorError
 from feed.broker import check
 from feed.embedded import MISSING, REMEDY, installed
+from snapshotter.linux.libc import single_heap
 
 from .config import SOCKET, Config, doubts, load
 from .daemon import Daemon, Reload
@@ -30,6 +31,7 @@ def _adjusted(options: argparse.Namespace, config: Config) -> Config:
 
 def run(options: argparse.Namespace) -> int:
     start_logging(options.log_level)
+    single_heap()
     reload = Reload(options.config, lambda config: _adjusted(options, config))
     daemon = Daemon(reload(), options.mountpoints, reload)
     asyncio.run(daemon.run())

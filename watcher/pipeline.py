@@ -111,6 +111,7 @@ class Pipeline:
         self._volume = Volume([])
         self._dirty = Dirty()
         self._own = 0  # bytes we wrote since the last snapshot, beside its own
+        self._large = False  # a large diff is being published
         self._fresh = True
         self._last = 0.0
         self._poll, self._seen_volume = POLL[0], 0
@@ -577,6 +578,7 @@ class Pipeline:
         if not done.recorded:
             self._tell(done, None, commands)
         if order.dirty.lost is not None or done.changes >= _MANY:
+            self._large = True
             await loop.run_in_executor(self._executor, trim_heap)
 
     def _take(
@@ -654,6 +656,9 @@ class Pipeline:
         if self.state.backlog != diffs:
             self.state.backlog = diffs
             self._changed(self)
+        if self._large and not diffs:  # what was published of it took memory as well
+            self._large = False
+            asyncio.get_running_loop().run_in_executor(self._executor, trim_heap)
 
     def _progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
         def show(entries: int) -> None:

@@ -22,6 +22,19 @@ def check(result: int, what: str | bytes | None = None) -> int:
     return result
 
 
+M_ARENA_MAX = -8  # <malloc.h>
+
+
+def single_heap() -> None:
+    """One heap for all threads from now on: mallopt(3). Nothing where the C library has none (musl).
+
+    glibc gives each thread its own, and what is free in one between two blocks in use stays with it. Most of what we allocate is
+    allocated by one thread at a time anyway.
+    """
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(M_ARENA_MAX, 1)
+
+
 def trim_heap() -> None:
     """Give what is free in the heap back to the kernel: malloc_trim(3). Nothing where the C library has none (musl)."""
     with contextlib.suppress(AttributeError):
