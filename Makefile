@@ -35,7 +35,7 @@ peers:
 ifeq ($(shell test -x $(BIN)/python && echo there),)
 .PHONY: $(STAMP)
 endif
-$(STAMP): pyproject.toml $(wildcard requirements/*.txt) .ci/venv | packages
+$(STAMP): pyproject.toml snapshotter/linux/batch.c $(wildcard requirements/*.txt) .ci/venv | packages
 	@.ci/venv
 	@touch $@
 
@@ -61,6 +61,6 @@ bench: setup peers $(STAMP)-bench ## measure side by side with others (root): be
 soak: setup ## hours of random work and faults
 	@$(BIN)/python -m bench.soak $(ARGS)
 
-clean: ## remove .venv and all caches
-	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove .venv, what was compiled, and all caches
+	@rm -rf .venv build dist *.egg-info snapshotter/linux/_batch*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,11 +3,14 @@
 No file is opened or looked at one by one, but for those with extended attributes, symbolic links and devices.
 """
 
+import contextlib
 import errno
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 
 from comparer.dirty import Dirty
@@ -16,10 +19,11 @@ from comparer.model import Ident
 from . import scan
 from .fingerprints import RUN_BITS, Fingerprints
 from .inode_set import InodeSet
+from .linux import batch
 from .linux.btrfs import syncfs
 from .linux.statx import statx
 from .linux.unshare import own_working_directory
-from .linux.xfs import Bulkstat, Records, bulkstat_runs, bulkstat_single
+from .linux.xfs import Records, Rows, bulkstat_runs, bulkstat_single
 from .live import LiveTree, attributes, read_xattrs
 from .mend import mend
 from .scan import GUARD_NS, Progress, Scan
@@ -30,30 +34,20 @@ _G = 1_000_000_000
 _LATEST = (1 << 63) // _G - 1  # seconds; later times need another form (table.store_time)
 _PAGE = 1000  # rows
 _AT_ONCE = 25  # rows in a statement: a third of the time of one is to begin and to end it
-_MEMBERS = len(Bulkstat._fields)
 _POINT = "INSERT INTO entry VALUES (?, ?, ?)"
 _POINT_MANY = _POINT + ", (?, ?, ?)" * (_AT_ONCE - 1)
 _KIND = "mode & 61440"  # S_IFMT
 
+_DIRECTORIES = 64  # that are open together
 _Row = tuple[int, bytearray, int]  # the directory's inode number, a name in it, the number of what it points to
 
 
-def _row(first: int, *, btime: bool) -> str:
-    """One row of the table `inode`; its parameters are the members of Bulkstat, in their order, after the first `first`."""
-    at = {name: f"?{first + 1 + place}" for place, name in enumerate(Bulkstat._fields)}
-
-    def ns(name: str) -> str:
-        return f"{at[name]} * {_G} + {at[f'{name}_nsec']}"
-
-    values = (
-        at["ino"], at["gen"], at["mode"], at["size"], f"{at['blocks']} * {at['blksize']}", at["uid"], at["gid"], at["nlink"],
-        ns("mtime"), ns("ctime"), ns("btime") if btime else "NULL", "NULL", "NULL", "NULL", "NULL",
-    )  # fmt: skip
-    return f"({', '.join(values)})"
-
-
 def _insert(rows: int, *, btime: bool) -> str:
-    return "INSERT INTO inode VALUES " + ", ".join(_row(n * _MEMBERS, btime=btime) for n in range(rows))  # noqa: S608
+    """Rows of the table `inode`; the parameters are the members of xfs.ROW."""
+    birth = "?" if btime else "nullif(0, ? * 0)"
+    row = f"(?, ?, ?, ?, ?, ?, ?, {birth}, ?, ?, ?)"
+    columns = "ino, gen, mode, size, blocks, uid, gid, btime_ns, nlink, mtime_ns, ctime_ns"
+    return f"INSERT INTO inode ({columns}) VALUES " + ", ".join([row] * rows)  # noqa: S608
 
 
 def fill(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
@@ -64,6 +58,25 @@ def fill(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
     if not available(tree):
         return scan.fill(tree, table, progress)
     return _Fill(tree, table, progress).run()
+
+
+class _Listing:
+    """Some open directories, and what is in them."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.directories: list[tuple[int, list[_Row]]] = []
+        self.count = 0
+        stack.callback(self.close)
+
+    def begin(self, fd: int) -> list[_Row]:
+        """For the entries of a directory, which is closed with the others."""
+        entries: list[_Row] = []
+        self.directories.append((fd, entries))
+        return entries
+
+    def close(self) -> None:
+        while self.directories:
+            os.close(self.directories.pop()[0])
 
 
 class _Fill:
@@ -97,16 +110,17 @@ class _Fill:
         syncfs(self.tree.root_fd)
         one, many = (_insert(rows, btime=self.has_btime) for rows in (1, _AT_ONCE))
         for run, records in bulkstat_runs(self.tree.root_fd, RUN_BITS):
+            rows = records.rows()
             whole = records.count - records.count % _AT_ONCE
-            self.db.executemany(many, records.part(0, whole).joined(_AT_ONCE))
-            self.db.executemany(one, records.part(whole, records.count))
-            if not self._odd(records, since):
+            self.db.executemany(many, rows.several(0, whole, _AT_ONCE))
+            self.db.executemany(one, rows.several(whole, records.count - whole, 1))
+            if not self._odd(records, rows, since):
                 self.fingerprints.put(run, records.fingerprint())
             self.without.update(records.without_attributes())
 
-    def _odd(self, records: Records, since: int) -> bool:
+    def _odd(self, records: Records, rows: Rows, since: int) -> bool:
         """Whether some changed too recently, or at a time that SQL cannot compute; those are to be looked at."""
-        if records.newest() < since // _G and records.latest() <= _LATEST:
+        if rows.newest < since // _G and rows.latest <= _LATEST:
             return False
         odd = {
             Ident(ino, gen)
@@ -119,32 +133,55 @@ class _Fill:
     # ---- names
 
     def _names(self) -> None:
-        """List every directory; the system directory, and what is in it, is none of the partition's."""
+        """List every directory; the system directory, and what is in it, is none of the partition's.
+
+        Some directories at a time: while a second thread asks which entries have extended attributes, the next ones are listed.
+        (Where that is done in Python, both would wait for each other.)
+        """
         own = ((ino,) for ino, _ in system_inodes(self.tree.root_fd))
         self.db.executemany("DELETE FROM inode WHERE ino = ?", own)
         rows: list[_Row] = []
         seen = 0
-        with own_working_directory() as may_move:
-            for ident in self._select("SELECT ino, gen FROM inode", "= 16384"):
-                fd = self.tree.open_directory(ident)
-                if fd is None:
-                    self._gone(ident)
-                    continue
-                try:
-                    here = self._listed(ident, fd)
-                    here.sort()
-                    self._xattrs(fd, here, by_working_directory=may_move)
-                finally:
-                    os.close(fd)
-                rows += here
-                if len(rows) >= _PAGE:
-                    whole = len(rows) - len(rows) % _AT_ONCE
-                    self._point(rows[:whole])
-                    del rows[:whole]
-                    seen += whole
-                    self.progress(seen)
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as asker:
+            under_way: deque[tuple[_Listing, Future[list[int]]]] = deque()
+            for some in self._listings(stack):
+                having = asker.submit(self._with_xattrs, some)
+                under_way.append((some, having))
+                if len(under_way) > 1 or not batch.available():
+                    rows = self._store(rows, *under_way.popleft())
+                seen += some.count
+                self.progress(seen)
+            while under_way:
+                rows = self._store(rows, *under_way.popleft())
         self._point(rows)
-        self.progress(seen + len(rows))
+
+    def _listings(self, stack: contextlib.ExitStack) -> Iterator["_Listing"]:
+        """All directories and what is in them, some at a time; they are open until they are closed, or the stack is."""
+        some = _Listing(stack)
+        for ident in self._select("SELECT ino, gen FROM inode", "= 16384"):
+            fd = self.tree.open_directory(ident)
+            if fd is None:
+                self._gone(ident)
+                continue
+            entries = some.begin(fd)
+            entries += self._listed(ident, fd)
+            entries.sort()
+            some.count += len(entries)
+            if some.count >= _PAGE or len(some.directories) >= _DIRECTORIES:
+                yield some
+                some = _Listing(stack)
+        yield some
+
+    def _store(self, rows: list[_Row], some: "_Listing", having: "Future[list[int]]") -> list[_Row]:
+        """Store what is in some directories, after `rows`; those that remain for the next time are returned."""
+        for ino in having.result():
+            self._read_xattrs(ino)
+        for _, entries in some.directories:
+            rows += entries
+        some.close()
+        whole = len(rows) - len(rows) % _AT_ONCE
+        self._point(rows[:whole])
+        return rows[whole:]
 
     def _listed(self, directory: Ident, fd: int) -> list[_Row]:
         # sqlite3 looks for an adapter for each bytes object, and for none for a bytearray
@@ -182,20 +219,29 @@ class _Fill:
 
     # ---- what bulkstat does not say
 
-    def _xattrs(self, fd: int, entries: list[_Row], *, by_working_directory: bool) -> None:
-        without = self.without
-        if without:
-            entries = [entry for entry in entries if entry[2] not in without]
-        directory = b"" if by_working_directory else b"/proc/self/fd/%d/" % fd
-        if by_working_directory and entries:
-            os.chdir(fd)
-        listxattr = os.listxattr
-        for _, name, ino in entries:
-            try:
-                if listxattr(directory + name, follow_symlinks=False):
-                    self._read_xattrs(ino)
-            except FileNotFoundError:
-                pass  # the event that took it away leads to a look
+    def _with_xattrs(self, some: "_Listing") -> list[int]:
+        """The inodes that have extended attributes among the entries of directories. In a thread of its own."""
+        found = []
+        with own_working_directory() as may_move:
+            for fd, entries in some.directories:
+                asked = [entry for entry in entries if entry[2] not in self.without] if self.without else entries
+                directory = b"" if may_move else b"/proc/self/fd/%d/" % fd
+                if may_move and asked:
+                    os.chdir(fd)
+                    if batch.available():
+                        answers = batch.have_xattrs([name for _, name, _ in asked])
+                        asked = (
+                            [entry for entry, answer in zip(asked, answers, strict=True) if answer]
+                            if any(answers)
+                            else []
+                        )
+                for _, name, ino in asked:
+                    try:
+                        if os.listxattr(directory + name, follow_symlinks=False):
+                            found.append(ino)
+                    except FileNotFoundError:
+                        pass  # the event that took it away leads to a look
+        return found
 
     def _read_xattrs(self, ino: int) -> None:
         ident = self.table.current(ino)

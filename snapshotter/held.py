@@ -13,7 +13,7 @@ from comparer.model import Ident, View
 from .backends.base import SYSTEM_DIR, no_content
 from .backends.btrfs import SNAPSHOTS
 from .backends.btrfs_view import SubvolumeView
-from .backends.ficlone import clone_path
+from .backends.clones import clone_path
 from .database import translated
 from .table import Table
 from .visit import Visit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from comparer.dirty import Dirty
 from comparer.model import Attr, FileType, Ident, Name
 
-from .live import CoveredError, LiveTree
+from .live import LOOKS, CoveredError, LiveTree
 from .settle import settle
 from .table import Overlay, Table
 
@@ -90,7 +90,10 @@ class Look:
     def _drain(self) -> None:
         while self._objects or self._names:
             while self._objects:
-                self._look_at(self._objects.pop())
+                some = [self._objects.pop() for _ in range(min(len(self._objects), LOOKS))]
+                ahead = self.tree.look_at_many([i for i in some if i not in self.attrs and i != self.tree.root])
+                for ident in some:
+                    self._look_at(ident, ahead.get(ident))
             # parents first, as far as one knows where they are: without handles a path must be found
             names, self._names = sorted(self._names, key=self._depth), set()
             for name in names:
@@ -103,7 +106,8 @@ class Look:
         path = self._path(name.parent)
         return len(path) if path is not None else 1 << 30
 
-    def _look_at(self, ident: Ident) -> None:
+    def _look_at(self, ident: Ident, seen: Attr | None) -> None:
+        """`seen`: what it was seen to be a moment ago, if it was looked at with others."""
         if ident in self.attrs:
             return
         if ident == self.tree.root:
@@ -113,7 +117,7 @@ class Look:
             for name in {*self.old.names(ident), *self._seen_as.get(ident, ())}:
                 self._ask_again(name)
         else:
-            self.attrs[ident] = attr = self.tree.look_at(ident)
+            self.attrs[ident] = attr = seen or self.tree.look_at(ident)
             if attr is None:
                 self._gone(ident)
             else:

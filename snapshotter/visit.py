@@ -17,7 +17,8 @@ from comparer.errors import DamageError, OperatorError, TransientError
 from . import witness
 from .backends.base import SYSTEM_DIR, Backend
 from .backends.btrfs import BtrfsBackend
-from .backends.ficlone import MAX_EXTENTS, FicloneBackend
+from .backends.clones import MAX_EXTENTS
+from .backends.ficlone import FicloneBackend
 from .backends.metadata import MetadataBackend
 from .fill_xfs import BULKSTAT
 from .linux.fiemap import ficlone

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 from hypothesis import settings
-from partitions import beside_others, partition
+from partitions import beside_others, partition, require
+
+from snapshotter.linux import batch
 
 # The suite says the same of the same code each time; SNAPFEED_RANDOM=1 (and `make soak`) looks elsewhere each time.
 settings.register_profile("suite", derandomize="SNAPFEED_RANDOM" not in os.environ)
@@ -49,3 +51,18 @@ def btrfs(tmp_path):
 def ext4(tmp_path):
     with partition("ext4", tmp_path) as made:
         yield made
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Without the library in C: one system call at a time, from Python."""
+    monkeypatch.setattr(batch, "_library", None)
+
+
+@pytest.fixture(params=["library", "one by one"])
+def both_ways(request):
+    """With the library in C, and without it."""
+    if request.param == "one by one":
+        request.getfixturevalue("one_by_one")
+    else:
+        require(batch.available(), "a compiler when this was installed (snapshotter/linux/batch.c)")

@@ -25,7 +25,7 @@ from snapshotter.mend import mend
 from snapshotter.systemfile import SystemFile
 from snapshotter.table import Table
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("both_ways")]
 HEADERS = ("xfs/xfs.h", "xfs/xfs_fs.h")
 
 

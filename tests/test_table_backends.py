@@ -21,6 +21,7 @@ from snapshotter.scan import WALK
 from snapshotter.systemfile import DiffRow, Settings, SnapshotRow, SystemFile
 from snapshotter.table import Table
 
+pytestmark = pytest.mark.usefixtures("both_ways")
 SETTINGS = Settings("epoch", "uuid", "partition", 1 << 20, 60.0, 0)
 
 
@@ -203,7 +204,7 @@ def test_without_handles_a_swap_comes_to_an_end(tmp_path):
 
 
 @pytest.mark.kernel
-def test_a_file_that_goes_while_it_is_cloned_leaves_no_clone(xfs, monkeypatch):
+def test_a_file_that_goes_while_it_is_cloned_leaves_no_clone(xfs, one_by_one, monkeypatch):
     """Cloned, changed meanwhile, so cloned again: but it has no name any more, and nothing is recorded of its clone."""
     engine = Engine(xfs.path, "ficlone")
     engine.snapshot(Dirty())
@@ -224,7 +225,7 @@ def test_a_file_that_goes_while_it_is_cloned_leaves_no_clone(xfs, monkeypatch):
 
     file.write_text("x")
     with monkeypatch.context() as patch:
-        patch.setattr("snapshotter.backends.ficlone.set_immutable", changes)
+        patch.setattr("snapshotter.backends.clones.set_immutable", changes)
         patch.setattr(LiveTree, "look_at", goes)
         engine.snapshot(Dirty(lost="test"))
     assert (cloned, file.exists()) == ([True], False)
@@ -235,7 +236,7 @@ def test_a_file_that_goes_while_it_is_cloned_leaves_no_clone(xfs, monkeypatch):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("failures", [1, 2, 5, 1000])
-def test_a_handle_that_fails_while_the_name_leads_there(failures, xfs, monkeypatch):
+def test_a_handle_that_fails_while_the_name_leads_there(failures, xfs, one_by_one, monkeypatch):
     """As where what is above a directory is renamed all the time: tried again; what it holds is never taken for gone."""
     engine = Engine(xfs.path, "ficlone")
     (xfs.path / "d").mkdir()

@@ -19,6 +19,7 @@ from feed.documents import StateDocument
 from feed.embedded import EmbeddedBroker
 from feed.pages import Envelope, chunk_limit
 from feed.publisher import Publisher
+from snapshotter.linux import batch
 from snapshotter.partition import Partition, adopted, is_adopted, label_of, partition_at, still_mounted
 
 from . import __version__
@@ -96,6 +97,8 @@ class Daemon:
                 task.add_done_callback(self._ended)
             sd_notify("READY=1")
             log.info("snapfeed %s: broker %s, control socket %s", __version__, broker.url, self.config.socket)
+            if not batch.available():
+                log.info("without its compiled library, which makes snapshots of XFS cheaper (docs/install.md)")
             await self._stop.wait()
             sd_notify("STOPPING=1")
         finally:

@@ -37,6 +37,11 @@ _FSXATTR = struct.Struct("=IIIII8x")  # fsx_xflags, fsx_extsize, fsx_nextents, f
 FS_IOC_FSGETXATTR = ior(ord("X"), 31, _FSXATTR.size)
 
 
+def extent(logical: int, physical: int, length: int, flags: int) -> Extent:
+    """What `struct fiemap_extent` says."""
+    return Extent(logical, length, None if flags & _PLACELESS else physical, bool(flags & FIEMAP_EXTENT_UNWRITTEN))
+
+
 def extents(fd: int) -> Iterator[Extent]:
     """The extent map of a file, sorted, after its dirty pages were written. Raises OSError: EOPNOTSUPP, EIO."""
     start = 0
@@ -49,9 +54,7 @@ def extents(fd: int) -> Iterator[Extent]:
             return
         for number in range(mapped):
             logical, physical, length, flags = _EXTENT.unpack_from(buffer, _FIEMAP.size + number * _EXTENT.size)
-            yield Extent(
-                logical, length, None if flags & _PLACELESS else physical, bool(flags & FIEMAP_EXTENT_UNWRITTEN)
-            )
+            yield extent(logical, physical, length, flags)
             if flags & FIEMAP_EXTENT_LAST:
                 return
             start = logical + length

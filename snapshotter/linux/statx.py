@@ -48,6 +48,11 @@ def statx(dirfd: int, name: bytes = b"") -> Stat:
     buffer = ctypes.create_string_buffer(STATX_SIZE)
     flags = _FLAGS if name else _FLAGS | AT_EMPTY_PATH
     check(libc.statx(dirfd, name, flags, STATX_BASIC_STATS | STATX_BTIME, buffer), name)
+    return parse(buffer)
+
+
+def parse(buffer: "ctypes.Array[ctypes.c_char] | bytearray", offset: int = 0) -> Stat:
+    """The `struct statx` at a place of a buffer."""
     (
         mask,
         _,
@@ -72,7 +77,7 @@ def statx(dirfd: int, name: bytes = b"") -> Stat:
         rmin,
         dmaj,
         dmin,
-    ) = _STATX.unpack_from(buffer)
+    ) = _STATX.unpack_from(buffer, offset)
     return Stat(
         ino,
         mode,
