@@ -17,8 +17,12 @@ settings.load_profile("suite")
 
 
 def pytest_configure():
-    """Ended by SIGTERM (a time limit, an impatient user), a run cleans up as after Ctrl-C: partitions are unmounted."""
+    """Ended by SIGTERM (a time limit, an impatient user), a run cleans up as after Ctrl-C: partitions are unmounted.
+
+    In the background of a script SIGINT is ignored, also by what is started; here it is not, since tests end programs with it.
+    """
     if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -12,8 +12,8 @@ The report is one JSON object a line, `t` in seconds since the start, `kind` one
 - `begin`: `seed`, `seconds`
 - `event`: `what` happened
 - `sample` of a daemon: `host`, `pid`, `age` (s), `rss`, `pss`, `anon` (bytes), `fds`, `threads`, and of its partitions together
-  `journal` (bytes of the system files and what lies beside them), `spools` (files beside them), `kept` (entries of snapshots/
-  and clones/)
+  `journal` (bytes of the system files and what lies beside them), `free` (bytes of free pages in the system files),
+  `spools` (files beside them), `kept` (entries of snapshots/ and clones/)
 - `quiet`: `number`, `took` (s), `steps` of the writers so far, `heads`, `entries` compared
 - `end`: `complaints` (nothing, if all is well), `quiet`, `events`
 """
@@ -175,13 +175,15 @@ def rollup(pid: int) -> dict[str, int]:
 
 
 def kept(top: Path) -> Counter[str]:
-    """`journal`, `kept` and `spools` of the report, of one partition."""
-    found = Counter({"journal": 0, "kept": 0, "spools": 0})
+    """`journal`, `free`, `kept` and `spools` of the report, of one partition."""
+    found = Counter({"journal": 0, "free": 0, "kept": 0, "spools": 0})
     for entry in os.scandir(top / ".snapfeed"):
         with contextlib.suppress(FileNotFoundError):
             if entry.is_file(follow_symlinks=False):
                 found["journal"] += entry.stat(follow_symlinks=False).st_blocks * 512
                 found["spools"] += not entry.name.startswith("system.db")
+                if entry.name == "system.db":
+                    found["free"] = free(Path(entry.path))
             elif entry.name == "snapshots":
                 found["kept"] += len(os.listdir(entry.path))
             else:
@@ -189,12 +191,20 @@ def kept(top: Path) -> Counter[str]:
     return found
 
 
+def free(system_file: Path) -> int:
+    """Bytes of free pages, as its header said when the log was last copied to it: https://sqlite.org/fileformat2.html, 1.3."""
+    with system_file.open("rb") as file:
+        header = file.read(40)
+    size, count = int.from_bytes(header[16:18], "big"), int.from_bytes(header[36:40], "big")
+    return count * (65536 if size == 1 else size)
+
+
 def sample(pid: int, tops: list[Path]) -> dict[str, int]:
     """Of a living process, and of the partitions it serves."""
     found = rollup(pid)
     found["fds"] = len(os.listdir(f"/proc/{pid}/fd"))
     found["threads"] = len(os.listdir(f"/proc/{pid}/task"))
-    disks = Counter({"journal": 0, "kept": 0, "spools": 0})
+    disks = Counter({"journal": 0, "free": 0, "kept": 0, "spools": 0})
     for top in tops:
         disks.update(kept(top))
     return found | disks
