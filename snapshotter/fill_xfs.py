@@ -10,13 +10,14 @@ import stat
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import chain
 
 from comparer.dirty import Dirty
 from comparer.model import Ident
 
 from . import scan
+from .beside import Beside
 from .fingerprints import RUN_BITS, Fingerprints
 from .inode_set import InodeSet
 from .linux import batch
@@ -38,7 +39,7 @@ _POINT = "INSERT INTO entry VALUES (?, ?, ?)"
 _POINT_MANY = _POINT + ", (?, ?, ?)" * (_AT_ONCE - 1)
 _KIND = "mode & 61440"  # S_IFMT
 
-_DIRECTORIES = 64  # that are open together
+_DIRECTORIES = 16  # that are listed together, and open as long
 _Row = tuple[int, bytearray, int]  # the directory's inode number, a name in it, the number of what it points to
 
 
@@ -63,10 +64,9 @@ def fill(tree: LiveTree, table: Table, progress: Progress) -> Dirty:
 class _Listing:
     """Some open directories, and what is in them."""
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    def __init__(self) -> None:
         self.directories: list[tuple[int, list[_Row]]] = []
         self.count = 0
-        stack.callback(self.close)
 
     def begin(self, fd: int) -> list[_Row]:
         """For the entries of a directory, which is closed with the others."""
@@ -77,6 +77,21 @@ class _Listing:
     def close(self) -> None:
         while self.directories:
             os.close(self.directories.pop()[0])
+
+
+class _Listings:
+    """The last few of them: no more are ever open."""
+
+    def __init__(self) -> None:
+        self._last: deque[_Listing] = deque(maxlen=4)
+
+    def another(self) -> _Listing:
+        self._last.append(_Listing())
+        return self._last[-1]
+
+    def close(self) -> None:
+        for one in self._last:
+            one.close()
 
 
 class _Fill:
@@ -136,18 +151,17 @@ class _Fill:
         """List every directory; the system directory, and what is in it, is none of the partition's.
 
         Some directories at a time: while a second thread asks which entries have extended attributes, the next ones are listed.
-        (Where that is done in Python, both would wait for each other.)
+        (Not where Python does that: both would wait for each other.)
         """
         own = ((ino,) for ino, _ in system_inodes(self.tree.root_fd))
         self.db.executemany("DELETE FROM inode WHERE ino = ?", own)
         rows: list[_Row] = []
         seen = 0
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as asker:
+        with contextlib.closing(_Listings()) as all_open, Beside(wanted=batch.available()) as asker:
             under_way: deque[tuple[_Listing, Future[list[int]]]] = deque()
-            for some in self._listings(stack):
-                having = asker.submit(self._with_xattrs, some)
-                under_way.append((some, having))
-                if len(under_way) > 1 or not batch.available():
+            for some in self._listings(all_open):
+                under_way.append((some, asker.submit(self._with_xattrs, some)))
+                if len(under_way) > 1:
                     rows = self._store(rows, *under_way.popleft())
                 seen += some.count
                 self.progress(seen)
@@ -155,9 +169,9 @@ class _Fill:
                 rows = self._store(rows, *under_way.popleft())
         self._point(rows)
 
-    def _listings(self, stack: contextlib.ExitStack) -> Iterator["_Listing"]:
-        """All directories and what is in them, some at a time; they are open until they are closed, or the stack is."""
-        some = _Listing(stack)
+    def _listings(self, all_open: "_Listings") -> Iterator["_Listing"]:
+        """All directories and what is in them, some at a time; they are open until they are closed, or all are."""
+        some = all_open.another()
         for ident in self._select("SELECT ino, gen FROM inode", "= 16384"):
             fd = self.tree.open_directory(ident)
             if fd is None:
@@ -169,7 +183,7 @@ class _Fill:
             some.count += len(entries)
             if some.count >= _PAGE or len(some.directories) >= _DIRECTORIES:
                 yield some
-                some = _Listing(stack)
+                some = all_open.another()
         yield some
 
     def _store(self, rows: list[_Row], some: "_Listing", having: "Future[list[int]]") -> list[_Row]:

@@ -69,6 +69,7 @@ class LiveTree:
         self.dev = self._root_stat.dev
         self._directories = _Descriptors(256)
         self._system = -1
+        self._look_at_many = codec is not None and batch.can_open(codec.sample)
 
     def system_directory(self) -> int:
         """A descriptor of the system directory; ours. What is below it is root's alone, so that a path there cannot be swapped.
@@ -228,9 +229,10 @@ class LiveTree:
 
     def look_at_many(self, idents: Sequence[Ident]) -> dict[Ident, Attr]:
         """Those of at most LOOKS objects that could be looked at in one call, as look_at does; for the others, ask it."""
-        if len(idents) < 2 or self.codec is None or not batch.can_open(self.codec.sample):
+        if len(idents) < 2 or self.codec is None or not self._look_at_many:
             return {}
         found = batch.look(self.root_fd, self.codec.sample, idents)
+        self._look_at_many = bool(found)  # under SELinux everything has an xattr: not again in vain
         return {ident: plain_attributes(now) for ident, now in found.items() if now.nlink}
 
     def look_at_root(self) -> Attr:

@@ -1,9 +1,12 @@
 """Loops over many objects in C: the layouts, and that they say what Python says of each; what is unusual is left to Python."""
 
+import contextlib
 import ctypes
+import hashlib
 import os
 import shutil
 import sys
+import threading
 from array import array
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -12,11 +15,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from partitions import require, run
+from partitions import partition, require, run, tmpfs
 from test_kernel_numbers import compiled
 
 from comparer.model import Ident
 from snapshotter.backends.clones import Clones, Seen, Wanted
+from snapshotter.beside import Beside
 from snapshotter.linux import batch, xfs
 from snapshotter.linux.handles import Codec, name_to_handle_at
 from snapshotter.linux.identity import Identifier
@@ -159,6 +163,14 @@ def test_a_look_at_many_is_a_look_at_each(place):
     assert found == {idents[name]: place.tree.look_at(idents[name]) for name in usual}
 
 
+def test_the_version_changes_with_the_source():
+    """An installation that is edited in place has the library of before until it is built again."""
+    known = {2: "d1f1e613e09d1f97"}
+    assert known[batch._VERSION] == hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16], (
+        "raise it in batch.c and batch.py"
+    )
+
+
 class CloningPlace(Place):
     def __init__(self, top):
         fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
@@ -191,7 +203,7 @@ def cloning(xfs):
 @pytest.mark.kernel
 @pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("count", [1, 64, 65, 300, 1100])
-def test_clones_of_many_files(cloning, count):
+def test_clones_of_many_files(cloning, count, monkeypatch):
     """More than are open together, and more than one call takes; then what changed in them, by the extents of both clones."""
     idents = [cloning.write(b"%d" % number, b"%d" % number * (1 + number % 3 * 3000)) for number in range(count)]
     first = cloning.clones.take(1, [cloning.wanted(ident) for ident in idents])
@@ -210,6 +222,10 @@ def test_clones_of_many_files(cloning, count):
     for ident in idents[:: max(1, count // 20)]:
         assert cloning.clones.maps(ident, 1, 2) == second.maps.get(ident, cloning.clones.maps(ident, 1, 2))
     pages = [[cloning.wanted(ident) for ident in idents[at : at + 500]] for at in range(0, count, 500)]
+    monkeypatch.setattr("snapshotter.backends.clones._MAPS", 0)
+    assert cloning.clones.take(4, [cloning.wanted(ident, 1) for ident in idents]).maps == {}, (
+        "no more than so many in memory"
+    )
     given_out = list(cloning.clones.take_pages(3, pages))
     assert [page for page, _ in given_out] == pages
     assert [ident for _, taken in given_out for ident in taken.made] == idents
@@ -251,6 +267,72 @@ def test_what_does_not_go_the_usual_way(cloning):
     assert cloning.kept(1)[b"%d.%d" % idents[b"changed"]] == b"cha"
     assert taken.maps == {}  # there is no clone of snapshot 7
     assert len(cloning.kept(1)) == len(there)
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("both_ways")
+def test_pages_that_could_not_be_written_are_told_of(tmp_path):
+    """The kernel says so once, to the first FICLONE: whoever asked again would get a clone of something else."""
+    with tmpfs(tmp_path) as below:
+        run("mount", "-o", "remount,size=96m", below)
+        with partition("xfs", below, "320M") as part:
+            made = CloningPlace(part.path)
+            try:
+                ident = made.write(b"file", b"x")
+                os.fsync(made.fd)
+                os.sync()
+                with contextlib.suppress(OSError), open(below / "fill", "wb", buffering=0) as fill:
+                    while True:
+                        fill.write(os.urandom(1 << 20))
+                with open(made.top + b"/file", "wb") as file:
+                    file.write(os.urandom(4 << 20))
+                with pytest.raises(OSError, match=r"Input/output error|No space left on device"):
+                    made.clones.take(1, [made.wanted(ident)])
+            finally:
+                made.tree.close()
+                os.close(made.fd)
+
+
+CROWDED = """
+import os, resource, sys
+sys.path.insert(0, "tests")
+from test_batch import CloningPlace
+from pathlib import Path
+made = CloningPlace(sys.argv[1])
+idents = [made.write(b"%d" % number, b"x") for number in range(2000)]
+wanted = [made.wanted(ident) for ident in idents]
+for number in range(0, 2000, 10):
+    os.truncate(made.top + b"/%d" % number, 7)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+taken = [t for _, t in made.clones.take_pages(1, [wanted[at : at + 400] for at in range(0, 2000, 400)])]
+assert sum(len(t.made) for t in taken) == 2000
+assert sum(len(t.moved) for t in taken) == 200
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("without", ["", "1"])
+def test_few_descriptors_are_enough(xfs, without):
+    """A shell's limit is 1,024, and there are several partitions and the broker."""
+    environment = {**os.environ, batch.LEAVE_OUT: without}
+    run(sys.executable, "-c", CROWDED, xfs.path, cwd=SOURCE.parents[2], env=environment)
+
+
+def test_without_another_thread_all_is_done_in_this_one(monkeypatch):
+    def refuses(_thread):
+        raise RuntimeError("can't start new thread")
+
+    def fails():
+        raise OSError("told to whoever asks for it")
+
+    with Beside(wanted=True) as beside:
+        assert beside.submit(threading.get_ident).result() != threading.get_ident()
+    for wanted in (True, False):
+        with monkeypatch.context() as patch, Beside(wanted=wanted) as beside:
+            patch.setattr(threading.Thread, "start", refuses)
+            assert beside.submit(threading.get_ident).result() == threading.get_ident()
+            with pytest.raises(OSError, match="told"):
+                beside.submit(fails).result()
 
 
 @pytest.mark.kernel

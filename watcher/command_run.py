@@ -2,8 +2,10 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import sys
 import threading
 import time
@@ -19,6 +21,8 @@ from .daemon import Daemon, Reload
 from .render import json_line
 from .said import describe
 
+DESCRIPTORS = 65_536
+
 
 def _adjusted(options: argparse.Namespace, config: Config) -> Config:
     """What the command line says goes before the configuration."""
@@ -32,11 +36,21 @@ def _adjusted(options: argparse.Namespace, config: Config) -> Config:
 def run(options: argparse.Namespace) -> int:
     start_logging(options.log_level)
     single_heap()
+    _more_descriptors()
     reload = Reload(options.config, lambda config: _adjusted(options, config))
     daemon = Daemon(reload(), options.mountpoints, reload)
     asyncio.run(daemon.run())
     _leave_stuck_threads()
     return 0
+
+
+def _more_descriptors() -> None:
+    """A first baseline has some two hundred open for each partition; a shell's limit is often 1,024, and need not be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the unit forbids it, and has a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave_stuck_threads() -> None:

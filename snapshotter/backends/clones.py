@@ -9,12 +9,13 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from comparer.extents import Extent
 from comparer.model import Attr, Ident
+from snapshotter.beside import Beside
 from snapshotter.linux import batch
 from snapshotter.linux.fiemap import extent_count, extents, ficlone
 from snapshotter.linux.inode_flags import set_immutable
@@ -26,6 +27,7 @@ from .base import SYSTEM_DIR
 CLONES = b"clones"
 MAX_EXTENTS = 50_000  # cloning costs with extents, and the file's writers wait meanwhile
 PAGE = batch.AT_ONCE  # files
+_MAPS = 4096  # files whose extent maps are kept in memory, half a kilobyte each; those of others are read when they are asked for
 _GROUP = 64  # files that are open together
 _TRIES = 3
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -102,7 +104,8 @@ class Clones:
         with self._made_directory(seq) as (clones, directory):
             taken = Taken()
             for part in _cut(files, batch.AT_ONCE):
-                self._rest(directory, part, self._at_once(clones, directory, self._request(part)), taken)
+                request = self._request(part, with_maps=len(taken.maps) < _MAPS)
+                self._rest(directory, part, self._at_once(clones, directory, request), taken)
             return taken
 
     def take_pages(self, seq: int, pages: Iterable[Sequence[Wanted]]) -> Iterator[tuple[Sequence[Wanted], Taken]]:
@@ -110,7 +113,7 @@ class Clones:
 
         While a page is cloned the next one is asked for, and the one before is given out.
         """
-        with self._made_directory(seq) as (clones, directory), ThreadPoolExecutor(1) as worker:
+        with self._made_directory(seq) as (clones, directory), Beside(wanted=self._sample is not None) as worker:
             under_way: tuple[Sequence[Wanted], Future[list[batch.Cloned]]] | None = None
 
             def finished() -> Iterator[tuple[Sequence[Wanted], Taken]]:
@@ -138,10 +141,12 @@ class Clones:
                 opened.append(fd)
             yield opened[0], opened[1]
 
-    def _request(self, files: Sequence[Wanted]) -> batch.Request | None:
+    def _request(self, files: Sequence[Wanted], *, with_maps: bool = False) -> batch.Request | None:
         if self._sample is None:
             return None
-        return batch.Request([batch.Wanted(f.ident, f.attr.ctime_ns, f.attr.size, f.old) for f in files])
+        return batch.Request(
+            [batch.Wanted(f.ident, f.attr.ctime_ns, f.attr.size, f.old if with_maps else None) for f in files]
+        )
 
     def _at_once(self, clones: int, directory: int, request: batch.Request | None) -> list[batch.Cloned]:
         """What can be done of files in one call; nothing where there is no such call."""
@@ -157,6 +162,8 @@ class Clones:
         rest = []
         for file, answer in zip(files, answers, strict=True):
             if not answer.done:
+                if answer.errno and answer.errno not in _SKIP:
+                    raise OSError(answer.errno, os.strerror(answer.errno), b"%d.%d" % file.ident)
                 rest.append(file)
                 continue
             taken.made.append(file.ident)

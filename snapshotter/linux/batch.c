@@ -1,8 +1,9 @@
 /* Loops over many objects of a partition in one call each: what Python does one system call at a time elsewhere.
  *
  * Optional: batch.py says how it is loaded, and whoever calls does without it where it was not built. It decides nothing. Each object
- * has an `error`: 0 if everything went the usual way; anything else means that it is to be done again, from the start, by the
- * caller, who knows what to do about it. No memory is allocated, nothing is kept, no descriptor stays open.
+ * has an `error`: 0 if everything went the usual way; else it is to be done again, from the start, by the caller, who knows what to do
+ * about it. Only what FICLONE says is told for good, as a negative errno: an error in writing the source's dirty pages is told once,
+ * and the pages are clean then. No memory is allocated, nothing is kept, no descriptor stays open.
  *
  * Sources: open_by_handle_at(2), statx(2), listxattr(2), ioctl_ficlone(2), ioctl_iflags(2), <linux/fs.h>, <linux/fiemap.h>.
  */
@@ -24,15 +25,15 @@
 
 #define XFS_HANDLE 0x81 /* u64 inode, u32 generation */
 #define INO32_HANDLE 1  /* u32 inode, u32 generation */
-#define OTHER (-1)      /* an `error` that is no errno: it moved, or is nothing that is dealt with here */
-#define GROUP 64        /* files that are open together */
-#define GROUPS 3        /* of them, if there are two threads */
+#define OTHER (-4096)   /* an `error` that is no errno: it moved, or is nothing that is dealt with here */
+#define GROUP 32        /* files that are open together */
+#define GROUPS 2        /* of them, if there are two threads */
 #define NAME 48         /* of a clone: two numbers */
 #define WRITEBACK (1 << 20)
 #define EXTENTS 8 /* of each map; a file with more is the caller's */
 
 /* Changes with the layouts and functions here; batch.py takes no library of another one. */
-const int snapfeed_batch_version = 1;
+const int snapfeed_batch_version = 2;
 
 struct looked {
     uint64_t ino;
@@ -172,7 +173,7 @@ static int fill(int source, int clone, int clones, struct cloned *file)
     int flags = 0;
 
     if (ioctl(clone, FICLONE, source))
-        return errno;
+        return -errno;
     if (!ioctl(clone, FS_IOC_GETFLAGS, &flags)) {
         flags |= FS_IMMUTABLE_FL;
         (void)ioctl(clone, FS_IOC_SETFLAGS, &flags); /* elsewhere the mode and the directory's protect it */

@@ -24,7 +24,9 @@ LEAVE_OUT = "SNAPFEED_WITHOUT_LIBRARY"  # environment variable
 HANDLES = {(0x81, 12), (1, 8)}  # (type, bytes) of the file handles that it can make; see handles.py
 AT_ONCE = 1024  # objects in a call: half a megabyte
 
-_VERSION = 1
+_VERSION = 2
+_FUNCTIONS = "snapfeed_look snapfeed_clone snapfeed_have_xattrs snapfeed_columns snapfeed_rows".split()
+_OTHER = -4096
 _LOOKED = struct.Struct(f"=QIi{STATX_SIZE}x")  # struct looked: ino gen error now
 _EXTENTS = 8
 _CLONED = struct.Struct("=QIiqqqQ")  # struct cloned: ino gen error ctime_s ctime_ns size old,
@@ -46,7 +48,9 @@ def _load() -> ctypes.CDLL | None:
                 library = ctypes.CDLL(path)
                 if ctypes.c_int.in_dll(library, "snapfeed_batch_version").value != _VERSION:
                     return None  # of another version of ours
-            except (OSError, ValueError):  # built for another machine; no library of ours
+                for name in _FUNCTIONS:
+                    getattr(library, name)
+            except (OSError, ValueError, AttributeError):  # built for another machine; no library of ours
                 return None
             library.snapfeed_clone.restype = ctypes.c_size_t
             return library
@@ -75,11 +79,15 @@ class Wanted(NamedTuple):
 
 
 class Cloned(NamedTuple):
-    """`done`: there is a clone of a file that stood still. The extent maps, if both were wanted and are short."""
+    """`done`: there is a clone of a file that stood still. The extent maps, if both were wanted and are short.
+
+    `errno`: what FICLONE said. Somebody is to be told before it is done again: an error in writing the file's pages is told once.
+    """
 
     done: bool
     new: list[Extent] | None = None
     old: list[Extent] | None = None
+    errno: int = 0
 
 
 def look(mount_fd: int, sample: Handle, idents: Sequence[Ident]) -> dict[Ident, Stat]:
@@ -128,8 +136,9 @@ class Request:
         return [self._answer(number * _CLONED_SIZE) for number in range(self._count)]
 
     def _answer(self, start: int) -> Cloned:
-        if _CLONED.unpack_from(self._buffer, start)[2]:
-            return _NOT_DONE
+        error = _CLONED.unpack_from(self._buffer, start)[2]
+        if error:
+            return Cloned(False, errno=-error) if _OTHER < error < 0 else _NOT_DONE
         new, old = _COUNTS.unpack_from(self._buffer, start + _CLONED.size)
         if new < 0 or old < 0:
             return _DONE
