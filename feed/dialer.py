@@ -145,7 +145,10 @@ class Dialer:
     def _explained(self, error: Exception) -> LinkError:
         where = f"broker {self.config.url}"
         if "CERTIFICATE" in str(error):
-            return LinkError(f"{where}: {error}; check [broker] ca_file and the host name in url")
+            remedy = "check [broker] ca_file and the host name in url"
+            if "key usage" in str(error).lower() or "key identifier" in str(error).lower():
+                remedy = "Python 3.13 and newer demand it: make the certificates anew, as in docs/install.md"
+            return LinkError(f"{where}: {error}; {remedy}")
         if isinstance(error, SilentError):
             return LinkError(f"{where}: {error}; is this an MQTT port, and does it want TLS (mqtts://)?", _HUNG_UP)
         if not isinstance(error, aiomqtt.MqttCodeError) or error.rc is None:

@@ -290,17 +290,21 @@ def _certificates(directory: Path) -> None:
         "1",
         "-subj",
         "/CN=test authority",
+        "-addext",
+        "keyUsage=critical,keyCertSign,cRLSign",  # demanded by Python 3.13
         "-keyout",
         directory / "ca.key",
         "-out",
         directory / "ca.pem",
     )
-    (directory / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    extensions = "subjectAltName=DNS:localhost,IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n"
+    (directory / "san").write_text(extensions)
     for name, subject in (("server", "/CN=localhost"), ("client", "/CN=edge7"), ("commander", "/CN=commander")):
         run(*new, "-subj", subject, "-keyout", directory / f"{name}.key", "-out", directory / f"{name}.csr")
         sign = ["openssl", "x509", "-req", "-days", "1", "-CAcreateserial", "-extfile", directory / "san"]
         files = ["-in", directory / f"{name}.csr", "-out", directory / f"{name}.pem"]
         run(*sign, "-CA", directory / "ca.pem", "-CAkey", directory / "ca.key", *files)
+        run("openssl", "verify", "-x509_strict", "-CAfile", directory / "ca.pem", directory / f"{name}.pem")
 
 
 @dataclass(frozen=True)
