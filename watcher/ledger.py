@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import threading
 
 from comparer.errors import TransientError
 from feed.commands import Command
@@ -18,14 +19,16 @@ _MOST = 100_000  # commands
 
 
 class Ledger:
-    """`begin` before, `finish` after; one commit each, in whatever thread, one at a time.
+    """`begin` before, `finish` after; one commit each, in whatever thread; one waits for the other.
 
+    (Two threads that want the same statement get one and the same from sqlite3, and what one of them binds fails.)
     Until `open`, or if that fails, in memory; `trouble` says why.
     """
 
     def __init__(self) -> None:
         self.trouble: str | None = None
         self._db = _prepared(":memory:")
+        self._alone = threading.Lock()
 
     def open(self, directory: str) -> None:
         """Remember in a file in `directory`, which is made if it is not there."""
@@ -50,7 +53,8 @@ class Ledger:
     def earlier(self, command: Command) -> tuple[bool, bytes | None]:
         """Whether it was begun before, and what was answered then; no answer: a daemon ended meanwhile."""
         try:
-            row = self._db.execute("SELECT reply FROM command WHERE verb = ? AND id = ?", _key(command)).fetchone()
+            with self._alone:
+                row = self._db.execute("SELECT reply FROM command WHERE verb = ? AND id = ?", _key(command)).fetchone()
         except sqlite3.Error as error:
             raise TransientError(
                 f"whether the command was carried out cannot be told ({error}), so it is not"
@@ -60,19 +64,20 @@ class Ledger:
     def begin(self, command: Command) -> None:
         """Raises TransientError if it cannot be noted: it must not be carried out then."""
         try:
-            self._db.execute("INSERT INTO command (verb, id) VALUES (?, ?)", _key(command))
+            with self._alone:
+                self._db.execute("INSERT INTO command (verb, id) VALUES (?, ?)", _key(command))
         except sqlite3.Error as error:
             raise TransientError(f"the command cannot be remembered ({error}), so it is not carried out") from error
 
     def finish(self, command: Command, reply: bytes) -> None:
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error), self._alone:
             self._db.execute("UPDATE command SET reply = ? WHERE verb = ? AND id = ?", (reply, *_key(command)))
             # by number and not by age: a clock that is set must not make us forget
             self._db.execute("DELETE FROM command WHERE number <= (SELECT max(number) FROM command) - ?", (_MOST,))
 
     def forget(self, command: Command) -> None:
         """It was refused before it did anything: the same id may try again."""
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error), self._alone:
             self._db.execute("DELETE FROM command WHERE verb = ? AND id = ?", _key(command))
 
 
