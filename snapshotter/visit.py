@@ -17,7 +17,7 @@ from comparer.errors import DamageError, OperatorError, TransientError
 from . import witness
 from .backends.base import SYSTEM_DIR, Backend
 from .backends.btrfs import BtrfsBackend
-from .backends.clones import MAX_EXTENTS
+from .backends.clones import MAX_EXTENTS, nothing
 from .backends.ficlone import FicloneBackend
 from .backends.metadata import MetadataBackend
 from .fill_xfs import BULKSTAT
@@ -104,7 +104,8 @@ def is_damaged(partition: Partition) -> bool:
 class Visit:
     """Use as a context manager, in one thread. `file` is open, `root_fd` and `tree` show the partition as it is now.
 
-    Files with more extents than `max_extents` are not cloned.
+    Files with more extents than `max_extents` are not cloned. `leave_out` is told of open directories of ours, of whose content
+    no events are wanted.
     Entering raises TransientError if the partition is not there (unmounted, replaced by another file system), DamageError if its
     system file is damaged or another partition's, OperatorError if it has none.
     """
@@ -116,9 +117,11 @@ class Visit:
         *,
         check: bool = False,
         max_extents: int = MAX_EXTENTS,
+        leave_out: Callable[[int], None] = nothing,
     ) -> None:
         self.partition = partition
         self._max_extents = max_extents
+        self._leave_out = leave_out
         self._known = abilities
         self._check = check
         self._stack = contextlib.ExitStack()
@@ -215,5 +218,5 @@ class Visit:
         fast = self.partition.fs_type == "xfs" and self.abilities.by_handle and self.abilities.private_mount
         scan = BULKSTAT if fast else WALK
         if self.abilities.backend == "ficlone":
-            return FicloneBackend(self.tree, table, progress, self._max_extents, scan=scan)
+            return FicloneBackend(self.tree, table, progress, self._max_extents, scan=scan, leave_out=self._leave_out)
         return MetadataBackend(self.tree, table, progress, scan=scan)

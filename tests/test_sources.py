@@ -470,6 +470,38 @@ def test_fanotify_does_not_see_ourselves_nor_the_ignored(roots):
         assert not watch.take()
 
 
+@pytest.mark.parametrize("fs", ["xfs", "btrfs", "ext4"])
+def test_fanotify_leaves_out_what_is_in_a_directory_of_ours(fs, roots):
+    """And only that: not what is beside it, nor what moves out of it."""
+    root = cleared(roots(fs))
+    (root / "ours").mkdir()
+    (root / "others").mkdir()
+    with watched(root, FanotifySource(root)) as watch:
+        fd = os.open(root / "ours", os.O_RDONLY | os.O_DIRECTORY)
+        watch.source.leave_out(fd)
+        os.close(fd)
+        work = (
+            "import os\n"
+            "for number in range(20):\n"
+            "    open(f'{d}/{number}', 'w').write('x')\n"
+            "    os.chmod(f'{d}/{number}', 0o600)\n"
+            "os.unlink(f'{d}/3')"
+        )
+        watch.do("open('ours/3', 'w').close()")
+        removed = {watch.ident(b"ours/3")}
+        watch.do(f"d = 'ours'\n{work}")
+        dirty = watch.take()
+        assert (dirty.names, dirty.written) == (set(), set())
+        assert dirty.objects <= removed, "a removed one's link count is told without its directory"
+        watch.do(f"d = 'others'\n{work}")
+        assert len(watch.take().names) == 20
+        watch.do("os.rename('ours/4', 'others/moved')")
+        assert Name(watch.ident(b"others"), b"moved") in watch.take().names
+        watch.source.leave_out(-1)  # a favour: nothing is said
+        watch.source.close()
+        watch.source.leave_out(0)
+
+
 def test_fanotify_keeps_other_subvolumes_out(tmp_path):
     with mounted("subvolume", tmp_path / "m") as root:
         top = root.parent / "btrfs"

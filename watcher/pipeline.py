@@ -269,10 +269,21 @@ class Pipeline:
 
     # ---- the partition's thread
 
+    def _leave_out(self, directory: int) -> None:
+        """In the partition's thread."""
+        if self._source is not None:
+            self._source.leave_out(directory)
+
     async def _visit(self, function: Callable[[Visit], T], *, check: bool = False) -> T:
         def visit() -> tuple[T, int]:
             before = thread_io()[1]
-            with Visit(self.partition, self._abilities, check=check, max_extents=self.rules.max_extents) as opened:
+            with Visit(
+                self.partition,
+                self._abilities,
+                check=check,
+                max_extents=self.rules.max_extents,
+                leave_out=self._leave_out,
+            ) as opened:
                 result = function(opened)
             return result, thread_io()[1] - before
 

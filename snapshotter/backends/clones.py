@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -70,6 +70,10 @@ class Taken:
     maps: dict[Ident, tuple[list[Extent], list[Extent]]] = field(default_factory=dict)
 
 
+def nothing(_directory: int) -> None:
+    """Nobody watches."""
+
+
 def _cut(files: Sequence[Wanted], size: int) -> list[Sequence[Wanted]]:
     return [files[at : at + size] for at in range(0, len(files), size)]
 
@@ -82,12 +86,14 @@ def clone_path(seq: int, ident: Ident) -> bytes:
 class Clones:
     """All clones of one partition, for the length of one piece of work. Everything raises OSError.
 
-    Files with more than `max_extents` extents are not cloned.
+    Files with more than `max_extents` extents are not cloned. `leave_out` is told of directories of ours, before they are filled
+    or emptied: no events of what is in them are wanted.
     """
 
-    def __init__(self, tree: LiveTree, max_extents: int) -> None:
+    def __init__(self, tree: LiveTree, max_extents: int, leave_out: Callable[[int], None] = nothing) -> None:
         self.tree = tree
         self.max_extents = max_extents
+        self._leave_out = leave_out
         codec = tree.codec
         self._sample = codec.sample if codec is not None and batch.can_open(codec.sample) else None
 
@@ -139,6 +145,7 @@ class Clones:
                 assert fd is not None  # noqa: S101 - just made
                 stack.callback(os.close, fd)
                 opened.append(fd)
+            self._leave_out(opened[1])
             yield opened[0], opened[1]
 
     def _request(self, files: Sequence[Wanted], *, with_maps: bool = False) -> batch.Request | None:
@@ -272,6 +279,7 @@ class Clones:
         if directory is None:
             return
         try:
+            self._leave_out(directory)
             for ident in idents:
                 self._remove(directory, b"%d.%d" % ident)
         finally:
@@ -285,6 +293,7 @@ class Clones:
         if directory is None:
             return 0
         try:
+            self._leave_out(directory)
             names = os.listdir(directory)
             for name in names:
                 self._remove(directory, os.fsencode(name))

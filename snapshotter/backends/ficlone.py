@@ -17,7 +17,7 @@ from snapshotter.scan import WALK, Progress, Scan
 from snapshotter.table import Overlay, Table, load_time
 
 from .base import Capture
-from .clones import MAX_EXTENTS, PAGE, Clones, Seen, Wanted, clone_path
+from .clones import MAX_EXTENTS, PAGE, Clones, Seen, Wanted, clone_path, nothing
 from .metadata import MetadataBackend, content_may_differ, no_progress
 
 _FILE = f"mode & {stat.S_IFMT(0o777777)} = {stat.S_IFREG}"
@@ -37,9 +37,10 @@ class FicloneBackend(MetadataBackend):
         max_extents: int = MAX_EXTENTS,
         *,
         scan: Scan = WALK,
+        leave_out: Callable[[int], None] = nothing,
     ) -> None:
         super().__init__(tree, table, progress, scan=scan)
-        self.clones = Clones(tree, max_extents)
+        self.clones = Clones(tree, max_extents, leave_out)
         self._made: dict[Ident, int | None] = {}  # this capture's clones; None: no content is kept
         self._maps: dict[
             Ident, tuple[list[Extent], list[Extent]]

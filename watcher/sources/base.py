@@ -36,6 +36,12 @@ class EventSource(Protocol):
         batched (KERNEL.md: batching is what makes following cheap).
         """
 
+    def leave_out(self, directory: int) -> None:
+        """No events of what is in an open directory are wanted any more, since it is ours. They may come all the same.
+
+        In any thread.
+        """
+
     def take(self) -> Dirty:
         """Drain the kernel's queue without blocking, and return (and forget) all that was collected.
 

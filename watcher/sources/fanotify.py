@@ -37,6 +37,7 @@ _MASK = (
     | events.FAN_ONDIR
 )
 _INIT = kernel.FAN_CLASS_NOTIF | kernel.FAN_CLOEXEC | kernel.FAN_NONBLOCK
+_IGNORE = kernel.FAN_MARK_ADD | kernel.FAN_MARK_IGNORE_SURV | kernel.FAN_MARK_EVICTABLE | kernel.FAN_MARK_ONLYDIR
 _MARK = kernel.FAN_MARK_ADD | kernel.FAN_MARK_FILESYSTEM | kernel.FAN_MARK_ONLYDIR
 _REMEDY = {
     errno.EPERM: "needs CAP_SYS_ADMIN",
@@ -137,6 +138,14 @@ class FanotifySource:
             os.close(group)
             raise
         return group
+
+    def leave_out(self, directory: int) -> None:
+        """No more events of what is in a directory, which is ours: making a million clones makes millions of them. In any thread.
+
+        A favour, not a promise: the kernel forgets it with the directory's inode, and cannot do so before Linux 6.0.
+        """
+        with contextlib.suppress(OSError):
+            kernel.fanotify_mark(self._fd, _IGNORE, _MASK | events.FAN_EVENT_ON_CHILD, directory)
 
     def take(self) -> Dirty:
         """Drain and return; after `close` what was collected before, then nothing."""

@@ -75,6 +75,9 @@ class InotifySource:
     def _appeared(self, directory: Directory, name: bytes) -> None:
         self._found[directory, name] = inotify.IN_CREATE | inotify.CONTENT
 
+    def leave_out(self, directory: int) -> None:
+        """The system directory is not watched anyway."""
+
     def take(self) -> Dirty:
         """Drain and return; after `close` what was collected before (without idents of objects), then nothing."""
         watched = self._watched
