@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -64,6 +65,12 @@ class Rules:
 
 class Unmounted(Exception):  # noqa: N818 - not an error: the partition went
     pass
+
+
+def _give_back() -> None:
+    """What a large piece of work took: garbage that refers to itself first."""
+    gc.collect()
+    trim_heap()
 
 
 class Pipeline:
@@ -590,7 +597,7 @@ class Pipeline:
             self._tell(done, None, commands)
         if order.dirty.lost is not None or done.changes >= _MANY:
             self._large = True
-            await loop.run_in_executor(self._executor, trim_heap)
+            await loop.run_in_executor(self._executor, _give_back)
 
     def _take(
         self,
@@ -669,7 +676,7 @@ class Pipeline:
             self._changed(self)
         if self._large and not diffs:  # what was published of it took memory as well
             self._large = False
-            asyncio.get_running_loop().run_in_executor(self._executor, trim_heap)
+            asyncio.get_running_loop().run_in_executor(self._executor, _give_back)
 
     def _progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
         def show(entries: int) -> None:
