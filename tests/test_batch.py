@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from partitions import partition, require, run, tmpfs
+from test_invariants import feeding
 from test_kernel_numbers import compiled
+from workload import Worker
 
 from comparer.model import Ident
 from snapshotter.backends.clones import Clones, Seen, Wanted
@@ -316,6 +318,19 @@ def test_few_descriptors_are_enough(xfs, without):
     """A shell's limit is 1,024, and there are several partitions and the broker."""
     environment = {**os.environ, batch.LEAVE_OUT: without}
     run(sys.executable, "-c", CROWDED, xfs.path, cwd=SOURCE.parents[2], env=environment)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("fs", ["xfs", "ext4"])
+def test_a_daemon_without_it_is_exact_and_says_so(fs, tmp_path):
+    with partition(fs, tmp_path) as part:
+        worker = Worker(os.fsencode(part.path), 5, reflink=fs == "xfs")
+        with feeding(part.path, tmp_path, env={batch.LEAVE_OUT: "1"}) as feed:
+            assert "without its compiled library" in feed.snapfeed.output()
+            for _ in range(5):
+                for _ in range(60):
+                    worker.step()
+                feed.exact()
 
 
 def test_without_another_thread_all_is_done_in_this_one(monkeypatch):
