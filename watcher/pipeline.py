@@ -43,6 +43,7 @@ POLL = (1.0, 8.0)  # seconds between two readings of the meters: while something
 SILENT = 8 << 20  # bytes written without any event that are a reason to look
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
 _CLOCK_SET_NS = 3600 * 10**9
+_PROGRESS = 0.2  # seconds between two reports of how far a piece of work is
 _MANY = 10_000  # changes, the memory for which is given back
 _IMPATIENCE = 1.0  # seconds between two looks whether the loop is ending
 _PATIENCE = 10.0  # seconds for a snapshot under way when the daemon stops
@@ -683,7 +684,13 @@ class Pipeline:
             self.state.progress = entries
             self._changed(self)
 
+        last = -math.inf
+
         def report(entries: int) -> None:
-            loop.call_soon_threadsafe(show, entries)
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _PROGRESS:  # each wakes the loop, which takes the processor from the work it tells of
+                last = now
+                loop.call_soon_threadsafe(show, entries)
 
         return report
