@@ -11,6 +11,7 @@ import contextlib
 import datetime as dt
 import os
 import platform
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -139,6 +140,11 @@ def main() -> int:
     if os.geteuid() != 0:
         print("bench: needs root for loop partitions; run it as root", file=sys.stderr)
         return 2
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # what was mounted is unmounted; a script's background ignores the first
+        signal.signal(number, signal.default_int_handler)
     full = options.files >= FULL
     where = options.results or Path(__file__).parent / "results" / ("local-full" if full else "local")
     with tempfile.TemporaryDirectory(prefix="snapfeed-bench-", ignore_cleanup_errors=True) as directory:
