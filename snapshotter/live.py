@@ -274,8 +274,10 @@ def _open_to_list(dirfd: int) -> int:
         return os.open(b".", flags, dir_fd=dirfd)
 
 
-def plain_attributes(now: Stat) -> Attr:
-    """The attributes statx gave of an object that has no others: a file or a directory without xattrs."""
+def plain_attributes(
+    now: Stat, rdev: int | None = None, xattrs: tuple[tuple[bytes, bytes], ...] = (), target: bytes | None = None
+) -> Attr:
+    """The attributes statx gave, and what it does not give of devices, symbolic links, and what has xattrs."""
     return Attr(
         file_type(now.mode),
         now.size,
@@ -287,23 +289,17 @@ def plain_attributes(now: Stat) -> Attr:
         now.mtime_ns,
         now.ctime_ns,
         now.btime_ns,
+        rdev,
+        xattrs,
+        target,
     )
 
 
 def attributes(fd: int, now: Stat) -> Attr:
     """The attributes statx gave, with xattrs and a symlink's target read through `fd` (O_PATH does); raises OSError."""
     kind = file_type(now.mode)
-    return Attr(
-        kind,
-        now.size,
-        now.blocks,
-        stat.S_IMODE(now.mode),
-        now.uid,
-        now.gid,
-        now.nlink,
-        now.mtime_ns,
-        now.ctime_ns,
-        now.btime_ns,
+    return plain_attributes(
+        now,
         now.rdev if kind in (FileType.CHAR, FileType.BLOCK) else None,
         read_xattrs(b"/proc/self/fd/%d" % fd),
         os.readlink(b"", dir_fd=fd) if kind is FileType.SYMLINK else None,
