@@ -163,7 +163,7 @@ def ask_watchman(stage: Stage, top: Path) -> Watchman:
 
 def baseline(feed: Measured, size: Size) -> None:
     size.baseline = feed.took_for(wait_until(lambda: feed.partition()["head"], "the first baseline", LONG))
-    wait_quiet(feed.pid)
+    wait_quiet(feed.pid, 4)  # after the commit the log is copied to the file, and waiting for the disk is quiet as well
     size.after_baseline = memory(feed.pid)
 
 
