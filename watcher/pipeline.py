@@ -29,6 +29,7 @@ from snapshotter.visit import Abilities, Visit, is_damaged
 from .baselines import sweep_spools
 from .live_outbox import Fresh, LiveOutbox
 from .meters import Volume, meters_for
+from .progress import reporter
 from .said import describe, printable_path
 from .sources.base import EventSource, SourceError
 from .sources.canary import self_test
@@ -43,7 +44,6 @@ POLL = (1.0, 8.0)  # seconds between two readings of the meters: while something
 SILENT = 8 << 20  # bytes written without any event that are a reason to look
 RETRY = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
 _CLOCK_SET_NS = 3600 * 10**9
-_PROGRESS = 0.2  # seconds between two reports of how far a piece of work is
 _MANY = 10_000  # changes, the memory for which is given back
 _IMPATIENCE = 1.0  # seconds between two looks whether the loop is ending
 _PATIENCE = 10.0  # seconds for a snapshot under way when the daemon stops
@@ -578,7 +578,9 @@ class Pipeline:
 
         try:
             self._busy = True
-            work = partial(self._take, order=order, more=more, progress=self._progress(loop), committed=committed)
+            work = partial(
+                self._take, order=order, more=more, progress=reporter(loop, self._show_progress), committed=committed
+            )
             done = await self._visit(work, check=check)
         except BaseException as error:
             self._dirty.merge(everything)
@@ -677,20 +679,9 @@ class Pipeline:
             self._changed(self)
         if self._large and not diffs:  # what was published of it took memory as well
             self._large = False
-            asyncio.get_running_loop().run_in_executor(self._executor, _give_back)
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                asyncio.get_running_loop().run_in_executor(self._executor, _give_back)
 
-    def _progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
-        def show(entries: int) -> None:
-            self.state.progress = entries
-            self._changed(self)
-
-        last = -math.inf
-
-        def report(entries: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= _PROGRESS:  # each wakes the loop, which takes the processor from the work it tells of
-                last = now
-                loop.call_soon_threadsafe(show, entries)
-
-        return report
+    def _show_progress(self, entries: int) -> None:
+        self.state.progress = entries
+        self._changed(self)
