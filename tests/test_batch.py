@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -27,6 +28,7 @@ from snapshotter.linux import batch, xfs
 from snapshotter.linux.handles import Codec, name_to_handle_at
 from snapshotter.linux.identity import Identifier
 from snapshotter.live import LiveTree
+from watcher.command_run import DESCRIPTORS
 
 SOURCE = Path(batch.__file__).with_name("batch.c")
 needs_library = pytest.mark.skipif(not batch.available(), reason="no library")
@@ -332,6 +334,28 @@ def test_a_daemon_without_it_is_exact_and_says_so(fs, tmp_path):
                 for _ in range(60):
                     worker.step()
                 feed.exact()
+
+
+@pytest.mark.kernel
+def test_the_daemon_leaves_the_clones_out_and_takes_the_descriptors_it_may(xfs, tmp_path):
+    """The kernel shows an ignore mark on an inode; a shell's limit of open files is no limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        with feeding(xfs.path, tmp_path) as feed:
+            (xfs.path / "file").write_bytes(b"x")
+            seq = feed.snapfeed.snapshot()["seq"]
+            ours = (xfs.path / f".snapfeed/clones/{seq}").stat().st_ino
+            pid = feed.snapfeed.pid
+            marks = ""
+            for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    marks += path.read_text()
+            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert f"fanotify ino:{ours:x} " in marks, marks
+    assert limits[0] == (DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS))
 
 
 def test_without_another_thread_all_is_done_in_this_one(monkeypatch):

@@ -230,6 +230,20 @@ class Clients:
             process.wait()
 
 
+def test_the_certificates_of_the_documentation_are_strict_ones(tmp_path):
+    """As written there; Python 3.13 takes no others."""
+    require(shutil.which("openssl") is not None, "openssl")
+    lines = (ROOT / "docs/install.md").read_text(encoding="utf-8").splitlines()
+    commands = [line.strip() for line in lines if line.startswith(("    openssl", "        -"))]
+    assert sum(line.startswith("openssl") for line in commands) == 5
+    (tmp_path / "make.sh").write_text("set -e\n" + "\n".join(commands) + "\n")
+    run("bash", tmp_path / "make.sh", cwd=tmp_path)
+    for name in ("server.pem", "edge7.pem"):
+        run("openssl", "verify", "-x509_strict", "-CAfile", tmp_path / "ca.pem", tmp_path / name)
+    shown = run("openssl", "x509", "-in", tmp_path / "ca.pem", "-noout", "-ext", "keyUsage").stdout
+    assert b"Certificate Sign" in shown
+
+
 @pytest.fixture
 def clients(tmp_path):
     """The shipped files in a directory of the test, users and certificates made as docs/install.md says."""

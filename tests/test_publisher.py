@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from itertools import count
@@ -19,6 +20,7 @@ from publishing import ListOutbox, outbox, publisher, running
 from comparer.errors import OperatorError
 from feed.broker import BrokerConfig, address, check, slug, topics
 from feed.commands import CommandError, answer, parse_command
+from feed.dialer import Dialer
 from feed.outbox import OutPage, Position
 from feed.pages import Chunk, Envelope, payloads
 from feed.subscriber import Damage, Diff, Gap, Subscriber
@@ -535,3 +537,19 @@ def test_stop_with_a_broker_that_hangs(tmp_path):
 
     with mosquitto(tmp_path) as broker:
         asyncio.run(scenario(broker))
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("CA cert does not include key usage extension", "docs/install.md"),
+        ("Missing Authority Key Identifier", "docs/install.md"),
+        ("unable to get local issuer certificate", "check [broker] ca_file"),
+    ],
+)
+def test_what_to_do_about_a_certificate_is_said(said, remedy):
+    """The first two as Python 3.13 says them."""
+    error = ssl.SSLCertVerificationError(1, f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {said}")
+    told = str(Dialer(BrokerConfig(url="mqtts://broker.example"), "edge7")._explained(error))
+    assert said in told
+    assert remedy in told
